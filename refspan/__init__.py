@@ -1,0 +1,45 @@
+"""refspan: Expire-Span (Sukhbaatar et al., ICML 2021, arXiv 2105.06548) as an executable specification.
+
+    soft_mask                 how much of each memory each query still sees   (clauses PAST, MASK, WIDTH)
+    span_attention            attention under that mask                       (LOGIT, WEIGHT, EMPTY, OUTPUT)
+    span_attention_backward   its hand-written vector-Jacobian product        (GRAD)
+
+All of it runs on NumPy, CuPy and any other array library that follows the array API standard.
+`refspan.export` holds the same computation as ONNX graphs, `refspan.conformance` checks any backend against it.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from refspan.attention import (
+    SCRATCH_BYTES,
+    AttentionGradients,
+    SavedAttention,
+    span_attention,
+    span_attention_backward,
+)
+from refspan.clauses import CLAUSES
+from refspan.mask import soft_mask, soft_mask_backward
+
+__all__ = [
+    "CLAUSES",
+    "SCRATCH_BYTES",
+    "AttentionGradients",
+    "SavedAttention",
+    "__version__",
+    "soft_mask",
+    "soft_mask_backward",
+    "span_attention",
+    "span_attention_backward",
+]
+
+try:
+    __version__ = version("refspan")
+except PackageNotFoundError:  # a checkout on the path that was never installed
+    __version__ = "0+unknown"
+
+# An installed package holds export/ and conformance/ inside this folder; a checkout holds them beside it. Python started
+# in the root of a checkout finds this folder before the installed package, so let it find the other two as well.
+_here = Path(__file__).resolve().parent
+if not (_here / "export").is_dir() and (_here.parent / "export" / "__init__.py").is_file():
+    __path__.append(str(_here.parent))

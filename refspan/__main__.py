@@ -1,0 +1,65 @@
+"""The command line. Each command lives in a module of `refspan.commands` that is imported when it is asked for."""
+
+import importlib
+import sys
+
+import click
+
+from refspan.errors import SetupError
+
+COMMANDS = {
+    "check": "Hold a backend against the specification.",
+    "export": "Write an ONNX graph of the attention step or of its gradient.",
+}
+"""Command name -> what it does. The command itself is `refspan.commands.NAME:command`."""
+
+
+class LazyGroup(click.Group):
+    """Lists commands without importing them, so that `refspan --help` is instant."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        """Names of all commands."""
+        return sorted(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        """Import the command of that name."""
+        if cmd_name not in COMMANDS:
+            return None
+        command = importlib.import_module(f"refspan.commands.{cmd_name}").command
+        assert isinstance(command, click.Command)  # noqa: S101
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        """The list in `--help`, from the texts above."""
+        with formatter.section("Commands"):
+            formatter.write_dl(sorted(COMMANDS.items()))
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="refspan", prog_name="refspan")
+def cli() -> None:
+    """Expire-Span as an executable specification, with ONNX graphs and a conformance suite."""
+
+
+def main() -> None:
+    """Run the command line; errors are one line on stderr and a non-zero status, never a traceback."""
+    try:
+        status = cli.main(prog_name="refspan", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        status = error.exit_code
+    except click.Abort:
+        click.echo("refspan: interrupted", err=True)
+        status = 130
+    except SetupError as error:
+        click.echo(f"refspan: {error}", err=True)
+        status = 2
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        click.echo(f"refspan: {where}{error.strerror or error}", err=True)
+        status = 2
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,282 @@
+"""Span-masked attention of one block of queries (clauses LOGIT, WEIGHT, EMPTY, OUTPUT, GRAD; the paper's equations 2, 4).
+
+    s_ti = (q_t . k_i + q_t . p_distance) / sqrt(D)                     LOGIT
+    a_ti = m_ti exp(s_ti) / sum_j m_tj exp(s_tj)                        WEIGHT
+    o_t  = sum_i a_ti v_i                                               OUTPUT
+
+Work is cut into tiles, some heads times some queries against all visible memories, so that the arrays of a tile fit
+into `scratch_bytes`. Memories that no query of the block sees never enter a tile.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import sqrt
+from typing import Any, NamedTuple
+
+from refspan.arrays import Array, check_attention, check_dtype, check_ramp, check_shape, device_of, namespace_of
+from refspan.mask import distance_of, grad_span_of, mask_at
+from refspan.position import position_scores, position_scores_backward
+from refspan.visibility import Visibility, visibility
+
+SCRATCH_BYTES = 64 * 2**20
+"""Default for the largest sum of arrays with a memory axis and a query axis alive at once, in bytes.
+
+One query of one head is the smallest tile, so the limit holds while five rows of N numbers fit into it. Beside it, each
+tile keeps a copy of its heads' visible keys and values when some memories are dead (gradients of them in backward).
+"""
+
+
+@dataclass(frozen=True)
+class SavedAttention:
+    """What `span_attention_backward` needs of the forward pass; of size B*H*M, never B*H*M*N."""
+
+    query: Array
+    key: Array
+    value: Array
+    span: Array
+    age: Array
+    ramp: float
+    position: Array | None
+    output: Array
+    """[B, H, M, D], before rounding to the dtype of `query`."""
+    peak: Array
+    """[B, H, M, 1], the largest logit among live memories (0 where there is none)."""
+    total: Array
+    """[B, H, M, 1], sum_j m_tj exp(s_tj - peak_t) (1 where no memory is live)."""
+    scratch_bytes: int
+
+
+class AttentionGradients(NamedTuple):
+    """Gradients of one attention step, each of the shape and dtype of what it is the gradient of."""
+
+    query: Array
+    key: Array
+    value: Array
+    span: Array
+    position: Array | None
+
+
+def span_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    span: Array,
+    age: Array,
+    *,
+    ramp: float,
+    position: Array | None = None,
+    scratch_bytes: int = SCRATCH_BYTES,
+) -> tuple[Array, SavedAttention]:
+    """Attention of a block of queries under the soft span mask (PAST, MASK, LOGIT, WEIGHT, EMPTY, OUTPUT).
+
+    The largest live logit is subtracted before the exponential, which changes no weight. Because the sum runs over
+    live memories only and gets no epsilon, a lone survivor has weight exactly 1, and an expired memory cannot push
+    anything out of range. float16 arguments are computed in float32.
+
+    Args:
+        query: [B, H, M, D] float16, float32 or float64.
+        key: [B, H, N, D], dtype of `query`. N = 0 is legal.
+        value: [B, H, N, D], dtype of `query`.
+        span: [B, N] float32 or float64, steps that each memory keeps its full weight.
+        age: [B, N] int64, steps from each memory to the block's first query; 0, -1, .. for the block's own. Any order.
+        ramp: R > 0, steps over which a memory fades once its span is over.
+        position: [P, D], dtype of `query`; row j is the embedding of distance j + 1. None for no position term.
+        scratch_bytes: limit of the memory for intermediate results, see `SCRATCH_BYTES`.
+
+    Returns:
+        The output, [B, H, M, D], dtype of `query`, and what `span_attention_backward` needs.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or range; the message names it.
+    """
+    xp = _namespace(query, key, value, span, age, position)
+    ramp = check_ramp(ramp)
+    check_attention(xp, query, key, value, span, age, position)
+    batch, heads, queries, head_size = query.shape
+    dtype = xp.result_type(query.dtype, xp.float32)
+    new = {"dtype": dtype, "device": device_of(query)}
+    output = xp.zeros((batch, heads, queries, head_size), **new)
+    peaks = xp.zeros((batch, heads, queries, 1), **new)
+    totals = xp.ones((batch, heads, queries, 1), **new)
+
+    for b in range(batch):
+        row = _Row.of(xp, span[b, :], age[b, :], queries, ramp, position, dtype)
+        for h, block in _tiles(heads, queries, row.seen.visible, scratch_bytes // (3 * new["dtype"].itemsize)):
+            k, v = row.visible(key[b, h, :, :]), row.visible(value[b, h, :, :])  # [h, n, D]
+            for m in block:
+                scores, mask = row.scores(query[b, h, m, :], k, m)  # [h, m, n], [m, partial]
+                peak = xp.max(scores, axis=-1, keepdims=True)  # [h, m, 1]
+                peak = xp.where(peak == -xp.inf, xp.zeros_like(peak), peak)
+                scores -= peak
+                weights = xp.exp(scores)  # exp(s - peak)   [h, m, n]
+                weights[..., row.seen.partial] *= mask
+                total = xp.sum(weights, axis=-1, keepdims=True)  # [h, m, 1]
+                total = xp.where(total == 0, xp.ones_like(total), total)  # EMPTY: 0 / 1
+                output[b, h, m, :] = (weights @ v) / total  # [h, m, D]
+                peaks[b, h, m, :], totals[b, h, m, :] = peak, total
+
+    saved = SavedAttention(query, key, value, span, age, ramp, position, output, peaks, totals, scratch_bytes)
+    return xp.astype(output, query.dtype), saved
+
+
+def span_attention_backward(grad_output: Array, saved: SavedAttention) -> AttentionGradients:
+    """Vector-Jacobian product of `span_attention` (GRAD).
+
+    With g_t the gradient of o_t, and one head at a time:
+
+        o_t = sum_i a_ti v_i               =>   dv_i  = sum_t a_ti g_t
+                                                da_ti = g_t . v_i
+        a = softmax(s + log m)             =>   ds_ti = a_ti (da_ti - c_t),   c_t = sum_j a_tj da_tj = g_t . o_t
+        s_ti = q_t . (k_i + p) / sqrt(D)   =>   dq_t  = sum_i ds_ti (k_i + p_distance) / sqrt(D)
+                                                dk_i  = sum_t ds_ti q_t / sqrt(D)
+                                                dp_j  = sum over memories at distance j of ds_ti q_t / sqrt(D)
+
+    log m adds to s, so d(log m_ti) = sum_heads ds_ti, the mask being shared by heads, and
+
+        dm_ti = d(log m_ti) / m_ti = sum_heads (exp(s_ti) / Z_t) (da_ti - c_t),   Z_t = sum_j m_tj exp(s_tj)
+        de_i  = sum_t dm_ti 1[0 < m_ti < 1] / R
+
+    The form with exp(s) / Z instead of a / m keeps its precision as m goes to 0. The subtraction of c_t is the
+    derivative of the normalisation. Below, weights are kept unnormalised, w = Z a, and g is divided by Z once instead.
+    A query with no live memory has w = 0 throughout and passes no gradient (EMPTY).
+
+    Args:
+        grad_output: [B, H, M, D], gradient of the output, dtype of `query`.
+        saved: what `span_attention` returned beside its output.
+
+    Returns:
+        Gradients of query, key, value, span and position (None if there was none).
+
+    Raises:
+        TypeError, ValueError: `grad_output` is of the wrong type, dtype or shape.
+    """
+    query, key, value, position = saved.query, saved.key, saved.value, saved.position
+    xp = namespace_of(query=query, grad_output=grad_output)
+    check_shape("grad_output", grad_output, tuple(query.shape))
+    check_dtype(xp, "grad_output", grad_output, (str(query.dtype).rsplit(".", maxsplit=1)[-1],))
+    batch, heads, queries, head_size = query.shape
+    memories = key.shape[2]
+    scale = 1 / sqrt(head_size)
+    dtype = saved.output.dtype
+    new = {"dtype": dtype, "device": device_of(query)}
+    grad_query = xp.zeros(query.shape, **new)
+    grad_key = xp.zeros(key.shape, **new)
+    grad_value = xp.zeros(value.shape, **new)
+    grad_span = xp.zeros(saved.span.shape, **new)
+    grad_position = None if position is None else xp.zeros(position.shape, **new)
+
+    for b in range(batch):
+        row = _Row.of(xp, saved.span[b, :], saved.age[b, :], queries, saved.ramp, position, dtype)
+        near, partial = row.seen.near, row.seen.partial
+        grad_s = xp.zeros((partial.stop - partial.start,), **new)  # of the partial memories' spans
+        for h, block in _tiles(heads, queries, row.seen.visible, saved.scratch_bytes // (5 * new["dtype"].itemsize)):
+            k, v = row.visible(key[b, h, :, :]), row.visible(value[b, h, :, :])  # [h, n, D]
+            grad_k, grad_v = xp.zeros_like(k), xp.zeros_like(v)
+            for m in block:
+                scores, mask = row.scores(query[b, h, m, :], k, m)  # [h, m, n], [m, partial]
+                scores -= saved.peak[b, h, m, :]
+                weights = xp.exp(scores)  # w = Z a, but for the mask   [h, m, n]
+                unmasked = xp.asarray(weights[..., partial], copy=True)  # [h, m, partial]
+                weights[..., partial] *= mask
+
+                g = xp.astype(grad_output[b, h, m, :], dtype) / saved.total[b, h, m, :]  # g / Z   [h, m, D]
+                grad_v += xp.matrix_transpose(weights) @ g  # [h, n, D]
+                c = xp.sum(g * saved.output[b, h, m, :], axis=-1, keepdims=True)  # c / Z   [h, m, 1]
+                grad_weights = g @ xp.matrix_transpose(v)  # [h, m, n]
+                grad_weights -= c  # (da - c) / Z
+
+                grad_mask = xp.sum(unmasked * grad_weights[..., partial], axis=0)  # [m, partial]
+                grad_s += grad_span_of(xp, grad_mask, mask, saved.ramp)  # [partial]
+
+                weights *= grad_weights  # ds = a (da - c)   [h, m, n]
+                q = xp.astype(query[b, h, m, :], dtype) * scale  # [h, m, D]
+                grad_q = weights @ k  # [h, m, D]
+                grad_k += xp.matrix_transpose(weights) @ q  # [h, n, D]
+                if near.start < near.stop:
+                    grad_q_near, grad_p = position_scores_backward(
+                        xp, weights[..., near], q, row.position, row.age[near] + m.start
+                    )
+                    grad_q += grad_q_near
+                    grad_position += grad_p
+                grad_query[b, h, m, :] = grad_q * scale
+            grad_key[b, h, :, :] = row.seen.scatter(grad_k, memories)
+            grad_value[b, h, :, :] = row.seen.scatter(grad_v, memories)
+        ahead = xp.zeros((partial.start,), **new)  # the full memories, that the block's queries teach nothing
+        grad_span[b, :] = row.seen.scatter(xp.concat([ahead, grad_s])[:, None], memories)[:, 0]
+
+    return AttentionGradients(
+        query=xp.astype(grad_query, query.dtype),
+        key=xp.astype(grad_key, key.dtype),
+        value=xp.astype(grad_value, value.dtype),
+        span=xp.astype(grad_span, saved.span.dtype),
+        position=None if position is None else xp.astype(grad_position, position.dtype),
+    )
+
+
+@dataclass(frozen=True)
+class _Row:
+    """The memories of one batch row that its block of queries can see, n of them in the order of `seen`."""
+
+    xp: Any
+    seen: Visibility
+    span: Array
+    """[n]"""
+    age: Array
+    """[n]"""
+    ramp: float
+    position: Array | None
+    dtype: Any
+
+    @classmethod
+    def of(
+        cls, xp: Any, span: Array, age: Array, queries: int, ramp: float, position: Array | None, dtype: Any
+    ) -> "_Row":
+        """The visible part of one row, `span` [N] and `age` [N]; spans at least as wide as `dtype` (WIDTH)."""
+        span = xp.astype(span, xp.result_type(span.dtype, dtype))
+        positions = 0 if position is None else position.shape[0]
+        seen = visibility(xp, span, age, queries=queries, ramp=ramp, positions=positions)
+        position = None if position is None else xp.astype(position, dtype)
+        pick = seen.gather
+        return cls(xp, seen, pick(span[:, None])[:, 0], pick(age[:, None])[:, 0], ramp, position, dtype)
+
+    def visible(self, x: Array) -> Array:
+        """[h, N, D] -> [h, n, D], in the dtype of the computation."""
+        return self.xp.astype(self.seen.gather(x), self.dtype, copy=False)
+
+    def scores(self, query: Array, key: Array, m: slice) -> tuple[Array, Array]:
+        """Logits of queries `m` (LOGIT), -inf where the mask is 0, and the mask of the partial memories.
+
+        [h, m, D], [h, n, D] -> [h, m, n], [m, partial].
+        """
+        xp, near, partial = self.xp, self.seen.near, self.seen.partial
+        q = xp.astype(query, self.dtype) * (1 / sqrt(query.shape[-1]))  # [h, m, D]
+        scores = q @ xp.matrix_transpose(key)  # [h, m, n]
+        age = self.age + m.start  # age as seen from the tile's first query
+        if near.start < near.stop:
+            scores[..., near] += position_scores(xp, q, self.position, age[near])
+        distance = distance_of(xp, age[partial], m.stop - m.start)  # [m, partial]
+        mask = xp.astype(mask_at(xp, self.span[partial], distance, self.ramp), self.dtype)
+        scores[..., partial] = xp.where(mask > 0, scores[..., partial], -xp.inf)
+        return scores, mask
+
+
+def _tiles(heads: int, queries: int, memories: int, numbers: int) -> Iterator[tuple[slice, list[slice]]]:
+    """Cut heads x queries into tiles with heads * queries * memories <= `numbers`, one row at least.
+
+    Yields heads and, for these, the queries of each tile. No tiles at all if there are no memories.
+    """
+    if memories == 0:
+        return
+    rows = max(1, numbers // memories)
+    h = max(1, min(heads, rows // queries))
+    m = min(queries, rows)
+    blocks = [slice(start, min(start + m, queries)) for start in range(0, queries, m)]
+    for start in range(0, heads, h):
+        yield slice(start, min(start + h, heads)), blocks
+
+
+def _namespace(
+    query: Array, key: Array, value: Array, span: Array, age: Array, position: Array | None
+) -> Any:
+    arrays = {"query": query, "key": key, "value": value, "span": span, "age": age}
+    return namespace_of(**arrays if position is None else {**arrays, "position": position})

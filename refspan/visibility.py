@@ -1,0 +1,71 @@
+"""Which memories a block of queries can see at all: what is dead costs nothing (clause DROP, applied to one step).
+
+Memories are sorted into five groups, so that each piece of work runs on one contiguous range of slots:
+
+    far full | near full | near partial | far partial | dead
+               '-------- near --------'                            has a position score
+                           '------- partial -------'               the mask must be computed
+    '---------------- visible ---------------------'               has a logit at all
+
+full: every query of the block sees it with mask 1. dead: every query of the block sees it with mask 0. No result
+depends on the order of memories, so this order is as good as any.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from refspan.arrays import Array, device_of
+from refspan.mask import mask_at
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """The groups of one batch row's memories, as seen by one block of queries."""
+
+    xp: Any
+    order: Array | None
+    """[N] slots in group order; None if they already stand in it, so that nothing needs to be copied."""
+    visible: int
+    """Number of memories that at least one query sees."""
+    near: slice
+    partial: slice
+
+    def gather(self, x: Array) -> Array:
+        """The visible memories in group order.   [.., N, D] -> [.., n, D]."""
+        if self.order is None:
+            return x[..., : self.visible, :]
+        return self.xp.take(x, self.order[: self.visible], axis=-2)
+
+    def scatter(self, x: Array, memories: int) -> Array:
+        """The transpose of `gather`: everyone back to its slot, zeros for the dead.   [.., n, D] -> [.., N, D]."""
+        *axes, _, size = x.shape
+        dead = self.xp.zeros((*axes, memories - self.visible, size), dtype=x.dtype, device=device_of(x))
+        in_order = self.xp.concat([x, dead], axis=-2)
+        if self.order is None:
+            return in_order
+        return self.xp.take(in_order, self.xp.argsort(self.order), axis=-2)
+
+
+def visibility(xp: Any, span: Array, age: Array, *, queries: int, ramp: float, positions: int) -> Visibility:
+    """Sort the memories of one batch row, `span` [N] and `age` [N], into the groups above.
+
+    A mask only falls with distance, so two queries tell all: the first one that may see the memory (distance
+    max(age, 1), if the block lasts until then) and the last one (distance age + M - 1).
+    """
+    last = age + (queries - 1)
+    dead = (last < 1) | (mask_at(xp, span, xp.clip(age, 1, None), ramp) == 0)
+    full = (age >= 1) & (mask_at(xp, span, last, ramp) == 1)
+    near = (last >= 1) & (age <= positions)
+
+    group = xp.where(full, xp.where(near, 1, 0), xp.where(near, 2, 3))
+    group = xp.where(dead, 4, group)
+    order = xp.argsort(group, stable=True)
+    sizes = [int(xp.sum(xp.astype(group == g, xp.int64))) for g in range(4)]
+    unsorted = bool(xp.any(group[1:] < group[:-1]))
+    return Visibility(
+        xp=xp,
+        order=order if unsorted else None,
+        visible=sum(sizes),
+        near=slice(sizes[0], sum(sizes[:3])),
+        partial=slice(sum(sizes[:2]), sum(sizes)),
+    )
