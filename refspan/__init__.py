@@ -38,8 +38,8 @@ try:
 except PackageNotFoundError:  # a checkout on the path that was never installed
     __version__ = "0+unknown"
 
-# An installed package holds export/ and conformance/ inside this folder; a checkout holds them beside it. Python started
-# in the root of a checkout finds this folder before the installed package, so let it find the other two as well.
+# An installed package holds export/ and conformance/ inside this folder; a checkout holds them beside it. Python
+# started in the root of a checkout finds this folder before the installed one, so let it find the other two as well.
 _here = Path(__file__).resolve().parent
 if not (_here / "export").is_dir() and (_here.parent / "export" / "__init__.py").is_file():
     __path__.append(str(_here.parent))

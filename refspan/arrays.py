@@ -7,7 +7,7 @@ library and on one device, and returns arrays of that kind.
 import math
 from typing import Any, TypeAlias
 
-from array_api_compat import array_namespace, device
+from array_api_compat import array_namespace, device, is_cupy_namespace, is_numpy_namespace
 
 Array: TypeAlias = Any
 """An array of any library that follows the array API standard."""
@@ -35,6 +35,11 @@ def namespace_of(**arrays: Array) -> Any:
 def device_of(array: Array) -> Any:
     """The device that `array` lives on, for creating others beside it."""
     return device(array)
+
+
+def exp_in_place(xp: Any, x: Array) -> Array:
+    """exp(x), written over x where the library can (the standard has no `out`): x may be most of the scratch."""
+    return xp.exp(x, out=x) if is_numpy_namespace(xp) or is_cupy_namespace(xp) else xp.exp(x)
 
 
 def check_shape(name: str, array: Array, expected: tuple[int | str, ...]) -> None:

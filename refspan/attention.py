@@ -1,4 +1,4 @@
-"""Span-masked attention of one block of queries (clauses LOGIT, WEIGHT, EMPTY, OUTPUT, GRAD; the paper's equations 2, 4).
+"""Span-masked attention of one block of queries (LOGIT, WEIGHT, EMPTY, OUTPUT, GRAD; the paper's equations 2 and 4).
 
     s_ti = (q_t . k_i + q_t . p_distance) / sqrt(D)                     LOGIT
     a_ti = m_ti exp(s_ti) / sum_j m_tj exp(s_tj)                        WEIGHT
@@ -13,7 +13,16 @@ from dataclasses import dataclass
 from math import sqrt
 from typing import Any, NamedTuple
 
-from refspan.arrays import Array, check_attention, check_dtype, check_ramp, check_shape, device_of, namespace_of
+from refspan.arrays import (
+    Array,
+    check_attention,
+    check_dtype,
+    check_ramp,
+    check_shape,
+    device_of,
+    exp_in_place,
+    namespace_of,
+)
 from refspan.mask import distance_of, grad_span_of, mask_at
 from refspan.position import position_scores, position_scores_backward
 from refspan.visibility import Visibility, visibility
@@ -98,19 +107,21 @@ def span_attention(
     output = xp.zeros((batch, heads, queries, head_size), **new)
     peaks = xp.zeros((batch, heads, queries, 1), **new)
     totals = xp.ones((batch, heads, queries, 1), **new)
+    numbers = scratch_bytes * 8 // xp.finfo(dtype).bits // 2  # weights, and the position scores or the masked part
 
     for b in range(batch):
         row = _Row.of(xp, span[b, :], age[b, :], queries, ramp, position, dtype)
-        for h, block in _tiles(heads, queries, row.seen.visible, scratch_bytes // (3 * new["dtype"].itemsize)):
+        ones = xp.ones((row.seen.visible, 1), **new)  # a product with it is a sum over memories   [n, 1]
+        for h, block in _tiles(heads, queries, row.seen.visible, numbers):
             k, v = row.visible(key[b, h, :, :]), row.visible(value[b, h, :, :])  # [h, n, D]
             for m in block:
                 scores, mask = row.scores(query[b, h, m, :], k, m)  # [h, m, n], [m, partial]
                 peak = xp.max(scores, axis=-1, keepdims=True)  # [h, m, 1]
                 peak = xp.where(peak == -xp.inf, xp.zeros_like(peak), peak)
                 scores -= peak
-                weights = xp.exp(scores)  # exp(s - peak)   [h, m, n]
+                weights = exp_in_place(xp, scores)  # exp(s - peak)   [h, m, n]
                 weights[..., row.seen.partial] *= mask
-                total = xp.sum(weights, axis=-1, keepdims=True)  # [h, m, 1]
+                total = weights @ ones  # [h, m, 1]
                 total = xp.where(total == 0, xp.ones_like(total), total)  # EMPTY: 0 / 1
                 output[b, h, m, :] = (weights @ v) / total  # [h, m, D]
                 peaks[b, h, m, :], totals[b, h, m, :] = peak, total
@@ -164,18 +175,19 @@ def span_attention_backward(grad_output: Array, saved: SavedAttention) -> Attent
     grad_value = xp.zeros(value.shape, **new)
     grad_span = xp.zeros(saved.span.shape, **new)
     grad_position = None if position is None else xp.zeros(position.shape, **new)
+    numbers = saved.scratch_bytes * 8 // xp.finfo(dtype).bits // 4  # weights, their gradients, and parts of both
 
     for b in range(batch):
         row = _Row.of(xp, saved.span[b, :], saved.age[b, :], queries, saved.ramp, position, dtype)
         near, partial = row.seen.near, row.seen.partial
         grad_s = xp.zeros((partial.stop - partial.start,), **new)  # of the partial memories' spans
-        for h, block in _tiles(heads, queries, row.seen.visible, saved.scratch_bytes // (5 * new["dtype"].itemsize)):
+        for h, block in _tiles(heads, queries, row.seen.visible, numbers):
             k, v = row.visible(key[b, h, :, :]), row.visible(value[b, h, :, :])  # [h, n, D]
             grad_k, grad_v = xp.zeros_like(k), xp.zeros_like(v)
             for m in block:
                 scores, mask = row.scores(query[b, h, m, :], k, m)  # [h, m, n], [m, partial]
                 scores -= saved.peak[b, h, m, :]
-                weights = xp.exp(scores)  # w = Z a, but for the mask   [h, m, n]
+                weights = exp_in_place(xp, scores)  # w = Z a, but for the mask   [h, m, n]
                 unmasked = xp.asarray(weights[..., partial], copy=True)  # [h, m, partial]
                 weights[..., partial] *= mask
 
@@ -275,8 +287,6 @@ def _tiles(heads: int, queries: int, memories: int, numbers: int) -> Iterator[tu
         yield slice(start, min(start + h, heads)), blocks
 
 
-def _namespace(
-    query: Array, key: Array, value: Array, span: Array, age: Array, position: Array | None
-) -> Any:
+def _namespace(query: Array, key: Array, value: Array, span: Array, age: Array, position: Array | None) -> Any:
     arrays = {"query": query, "key": key, "value": value, "span": span, "age": age}
     return namespace_of(**arrays if position is None else {**arrays, "position": position})

@@ -55,9 +55,9 @@ def visibility(xp: Any, span: Array, age: Array, *, queries: int, ramp: float, p
     last = age + (queries - 1)
     dead = (last < 1) | (mask_at(xp, span, xp.clip(age, 1, None), ramp) == 0)
     full = (age >= 1) & (mask_at(xp, span, last, ramp) == 1)
-    near = (last >= 1) & (age <= positions)
+    near = (last >= 1) & (xp.clip(age, 1, None) <= positions)
 
-    group = xp.where(full, xp.where(near, 1, 0), xp.where(near, 2, 3))
+    group = xp.where(full, xp.where(near, xp.ones_like(age), 0), xp.where(near, 2 * xp.ones_like(age), 3))
     group = xp.where(dead, 4, group)
     order = xp.argsort(group, stable=True)
     sizes = [int(xp.sum(xp.astype(group == g, xp.int64))) for g in range(4)]

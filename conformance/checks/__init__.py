@@ -1,1 +1,5 @@
-"""x"""
+"""The checks, a module per level. Importing this package registers them all, in the order in which they run."""
+
+from refspan.conformance.checks import attention, golden, gradient, mask
+
+__all__ = ["attention", "golden", "gradient", "mask"]

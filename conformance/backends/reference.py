@@ -1,0 +1,97 @@
+"""The reference itself as a backend, on NumPy and on CuPy."""
+
+import platform
+from typing import Any
+
+import numpy as np
+
+import refspan
+from refspan.conformance.protocol import Array
+from refspan.errors import SetupError
+
+
+class NumpyBackend:
+    """The reference on NumPy, in the dtype of its arguments."""
+
+    name = "numpy"
+
+    def facts(self) -> dict[str, str]:
+        """Versions and device."""
+        return {"numpy": np.__version__, "device": f"cpu ({platform.machine()})"}
+
+    def to_device(self, array: Array | None) -> Any:
+        """An argument as the reference takes it."""
+        return array
+
+    def to_numpy(self, array: Any) -> Array:
+        """A result as the protocol wants it."""
+        return np.asarray(array)
+
+    def soft_mask(self, span: Array, age: Array, *, queries: int, ramp: float) -> Array:
+        """As in the protocol."""
+        return self.to_numpy(refspan.soft_mask(self.to_device(span), self.to_device(age), queries=queries, ramp=ramp))
+
+    def span_attention(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        span: Array,
+        age: Array,
+        *,
+        ramp: float,
+        position: Array | None = None,
+    ) -> Array:
+        """As in the protocol."""
+        output, _ = self._forward(query, key, value, span, age, ramp=ramp, position=position)
+        return self.to_numpy(output)
+
+    def span_attention_backward(
+        self,
+        grad_out: Array,
+        query: Array,
+        key: Array,
+        value: Array,
+        span: Array,
+        age: Array,
+        *,
+        ramp: float,
+        position: Array | None = None,
+    ) -> dict[str, Array]:
+        """As in the protocol."""
+        _, saved = self._forward(query, key, value, span, age, ramp=ramp, position=position)
+        gradients = refspan.span_attention_backward(self.to_device(grad_out), saved)
+        return {name: self.to_numpy(grad) for name, grad in gradients._asdict().items() if grad is not None}
+
+    def _forward(self, *arrays: Array, ramp: float, position: Array | None) -> Any:
+        query, key, value, span, age = (self.to_device(array) for array in arrays)
+        return refspan.span_attention(query, key, value, span, age, ramp=ramp, position=self.to_device(position))
+
+
+class CupyBackend(NumpyBackend):
+    """The reference on CuPy, on the current CUDA device."""
+
+    name = "cupy"
+
+    def __init__(self) -> None:
+        try:
+            import cupy
+        except ImportError as error:
+            raise SetupError(f'CuPy is missing ({error}); install it with: pip install "refspan[gpu]"') from None
+        try:
+            self._device = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["name"].decode()
+        except cupy.cuda.runtime.CUDARuntimeError as error:
+            raise SetupError(f"CuPy finds no usable GPU ({error}); is the NVIDIA driver installed?") from None
+        self._cupy = cupy
+
+    def facts(self) -> dict[str, str]:
+        """Versions and device."""
+        return {"cupy": self._cupy.__version__, "device": self._device}
+
+    def to_device(self, array: Array | None) -> Any:
+        """Copied to the GPU."""
+        return None if array is None else self._cupy.asarray(array)
+
+    def to_numpy(self, array: Any) -> Array:
+        """Copied back."""
+        return np.asarray(self._cupy.asnumpy(array))

@@ -1,0 +1,231 @@
+"""Level attention: `span_attention`, forward."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+
+from refspan.conformance.cases import AttentionCase
+from refspan.conformance.registry import Probe, check
+from refspan.conformance.strategies import RAMPS, SIZES, attention_cases, with_large_logits
+from refspan.conformance.tolerance import AttentionBounds, Expected
+
+Cases = Callable[[np.dtype], st.SearchStrategy[AttentionCase]]
+
+
+def some(**about: Any) -> Cases:
+    """Attention steps drawn as `about` says."""
+    return lambda dtype: attention_cases(dtype, **about)
+
+
+SEVERAL_MEMORIES = [s for s in SIZES if s[3] > 1]
+SEVERAL_ROWS = [s for s in SIZES if s[0] > 1 and s[3] > 0]
+NEEDS = ["span_attention"]
+
+
+@check("attention.output", clauses=["MASK", "LOGIT", "WEIGHT", "OUTPUT"], needs=NEEDS, cases=some())
+def output(probe: Probe, case: AttentionCase) -> None:
+    """The output is that of the reference."""
+    (got,) = probe.attention(case)
+    probe.compare("output", got, AttentionBounds(case).expected_output())
+
+
+@check("attention.position", clauses=["LOGIT"], needs=NEEDS, cases=some(position=True, contents=("normal",)))
+def position(probe: Probe, case: AttentionCase) -> None:
+    """Position scores go by distance, 1 to P, wherever a memory stands; farther memories get none."""
+    (got,) = probe.attention(case)
+    probe.compare("output", got, AttentionBounds(case).expected_output())
+
+
+def _one_survivor(dtype: np.dtype) -> st.SearchStrategy[AttentionCase]:
+    """Memories of which one is left for the whole block, with a mask of 2^-23 at the last query (half: 2^-10).
+
+    The last query is exactly R steps away and the span is R * 2^-23. Whichever way a mask is computed in float32, all
+    of its sums are exact, so no rounding can lose the survivor.
+    """
+    left = 2.0**-10 if dtype == np.float16 else 2.0**-23
+
+    def place(case: AttentionCase, ramp: float, seed: int) -> AttentionCase:
+        rng = np.random.default_rng(seed)
+        batch, _, queries, slots, _ = case.sizes
+        span = np.zeros_like(case.memories.span)
+        age = np.tile(np.arange(slots) + int(ramp), (batch, 1))  # a ramp away and more: with a span of 0 expired
+        survivor = rng.integers(0, slots, batch)
+        span[range(batch), survivor] = ramp * left
+        age[range(batch), survivor] = ramp - (queries - 1)
+        note = f"one survivor, with a mask of {left:.3g} at the last query"
+        return case.with_memories(span=span, age=age, ramp=ramp, notes=(note,))
+
+    sizes = [s for s in SIZES if s[3] > 0]
+    plain = attention_cases(
+        dtype, sizes=sizes, ages=("past",), fates=("lives on",), contents=("normal",), position=False
+    )
+    return st.builds(place, plain, st.sampled_from((8.0, 16.0)), st.integers(0, 2**16))
+
+
+@check("attention.lone_survivor", clauses=["WEIGHT"], needs=NEEDS, cases=_one_survivor)
+def lone_survivor(probe: Probe, case: AttentionCase) -> None:
+    """A lone surviving memory gets weight exactly 1, however small its mask: no epsilon in the denominator."""
+    (got,) = probe.attention(case)
+    survivor = np.argmax(case.memories.span, axis=1)
+    value = np.stack([case.value[b, :, i] for b, i in enumerate(survivor)]).astype(np.float64)  # [B, H, D]
+    expected = np.broadcast_to(value[:, :, None], got.shape)
+    info = np.finfo(got.dtype)
+    probe.compare("output", got, Expected(expected, 8 * float(info.eps) * np.abs(expected) + float(info.tiny)))
+
+
+@check(
+    "attention.empty",
+    clauses=["EMPTY"],
+    needs=NEEDS,
+    cases=some(fates=("expired", "ramp ends", "span 0"), ramps=(1.0, 2.0, 0.5), contents=("normal", "large logits")),
+)
+def empty(probe: Probe, case: AttentionCase) -> None:
+    """A query that sees no memory outputs 0: not NaN, and not the mean of all values."""
+    (got,) = probe.attention(case)
+    probe.compare("output", got, AttentionBounds(case).expected_output())
+
+
+@check("attention.large_logits", clauses=["WEIGHT"], needs=NEEDS, cases=some(contents=("large logits",)))
+def large_logits(probe: Probe, case: AttentionCase) -> None:
+    """Logits of +-10000 neither overflow nor underflow, on the plateau or on the ramp."""
+    (got,) = probe.attention(case)
+    probe.compare("output", got, AttentionBounds(case).expected_output())
+
+
+def _dead(case: AttentionCase) -> np.ndarray:
+    """[B, N], true where a memory is expired, beyond rounding, for every query of the block."""
+    return np.asarray(np.all(AttentionBounds(case).interval.high == 0, axis=1))
+
+
+@check(
+    "attention.expired_logit",
+    clauses=["WEIGHT"],
+    needs=NEEDS,
+    cases=some(
+        sizes=SEVERAL_MEMORIES, fates=("expired", "lives on", "fades"), ramps=(1.0, 2.0, 0.5), contents=("normal",)
+    ),
+)
+def expired_logit(probe: Probe, case: AttentionCase) -> None:
+    """An expired memory influences nothing, however large its logit."""
+    dead = _dead(case)
+    huge = with_large_logits(case.query, case.key, 1e30 if case.key.dtype != np.float16 else 1e4)
+    case = replace(case, key=np.where(dead[:, None, :, None], huge, case.key))
+    (got,) = probe.attention(case)
+    probe.compare("output", got, AttentionBounds(case).expected_output())
+
+
+@check(
+    "attention.expired_contents",
+    clauses=["WEIGHT", "DROP"],
+    needs=NEEDS,
+    cases=some(
+        sizes=SEVERAL_MEMORIES, fates=("expired", "lives on", "fades"), ramps=(1.0, 2.0, 0.5), contents=("normal",)
+    ),
+)
+def expired_contents(probe: Probe, case: AttentionCase) -> None:
+    """What an expired memory contains changes nothing, nor does dropping it."""
+    dead = _dead(case)[:, None, :, None]
+    other = replace(
+        case,
+        key=np.where(dead, -3 * case.key, case.key),
+        value=np.where(dead, 100, case.value).astype(case.value.dtype),
+    )
+    kept = ~np.all(_dead(case), axis=0)
+    dropped = case.select(slots=kept)
+    bound = AttentionBounds(case).expected_output().bound
+    first, second, third = probe.attention(case, other, dropped)
+    probe.agree("output with other contents in expired memories", second, first, bound)
+    probe.agree("output without expired memories", third, first, bound)
+
+
+@check("attention.weights", clauses=["WEIGHT"], needs=NEEDS, cases=some())
+def weights(probe: Probe, case: AttentionCase) -> None:
+    """Weights sum to one: values of ones give ones, wherever any memory is live."""
+    case = replace(case, value=np.ones_like(case.value))
+    (got,) = probe.attention(case)
+    interval = AttentionBounds(case).interval
+    alive = np.any(interval.low > 0, axis=-1)[:, None, :, None]  # [B, 1, M, 1]
+    gone = np.all(interval.high == 0, axis=-1)[:, None, :, None]
+    u = np.finfo(got.dtype).eps
+    bound = np.where(alive, (case.sizes[3] + 8) * u, np.where(gone, 0, 1 + u))
+    probe.compare("output for values of ones", got, Expected(alive.astype(np.float64), bound))
+
+
+@check("attention.slot_order", clauses=["DROP"], needs=NEEDS, cases=some(sizes=SEVERAL_MEMORIES))
+def slot_order(probe: Probe, case: AttentionCase) -> None:
+    """The order in which memories stand changes nothing."""
+    order = np.random.default_rng(case.sizes[3]).permutation(case.sizes[3])
+    first, second = probe.attention(case, case.select(slots=order))
+    probe.agree("output with memories in another order", second, first, AttentionBounds(case).expected_output().bound)
+
+
+@check("attention.batch_mates", clauses=["DROP"], needs=NEEDS, cases=some(sizes=SEVERAL_ROWS))
+def batch_mates(probe: Probe, case: AttentionCase) -> None:
+    """A row of a batch gets the same output alone as beside others, that have other spans, ages and contents."""
+    (together,) = probe.attention(case)
+    alone = [case.select(rows=slice(b, b + 1)) for b in range(case.sizes[0])]
+    bound = AttentionBounds(case).expected_output().bound
+    probe.agree("output of a row alone", np.concatenate(probe.attention(*alone)), together, bound)
+
+
+@check("attention.block_split", clauses=["MASK", "PAST", "AGE"], needs=NEEDS, cases=some())
+def block_split(probe: Probe, case: AttentionCase) -> None:
+    """A block of n queries gives what n blocks of one give, whose ages grow by one each."""
+    (block,) = probe.attention(case)
+    ones = [case.select(queries=slice(m, m + 1)) for m in range(case.sizes[2])]
+    alone = np.concatenate(probe.attention(*ones), axis=2)
+    probe.agree("output of one query at a time", alone, block, AttentionBounds(case).expected_output().bound)
+
+
+def _all_fading(dtype: np.dtype) -> st.SearchStrategy[AttentionCase]:
+    """All memories on the ramp for all queries, with all numbers on a binary grid."""
+
+    def place(case: AttentionCase, ramp: float, seed: int) -> AttentionCase:
+        batch, _, queries, slots, _ = case.sizes
+        rng = np.random.default_rng(seed)
+        age = np.tile(np.arange(slots, 0, -1) + int(ramp), (batch, 1))
+        span = age - rng.integers(1, int(ramp) - queries, (batch, slots))
+        note = "every memory on the ramp for every query"
+        return case.with_memories(span=span.astype(case.memories.span.dtype), age=age, ramp=ramp, notes=(note,))
+
+    sizes = [s for s in SIZES if s[3] > 0]
+    plain = attention_cases(
+        dtype, sizes=sizes, ages=("past",), fates=("lives on",), contents=("small integers", "normal")
+    )
+    return st.builds(place, plain, st.sampled_from((16.0, 64.0)), st.integers(0, 2**16))
+
+
+@check("attention.mask_scale", clauses=["WEIGHT"], needs=NEEDS, cases=_all_fading)
+def mask_scale(probe: Probe, case: AttentionCase) -> None:
+    """Halving every mask alike changes nothing: only proportions count."""
+    memories = case.memories
+    # 1 + (e' - t) / 2R = (1 + (e - t) / R) / 2   with   e' = e - R
+    halved = case.with_memories(span=memories.span - memories.ramp, ramp=2 * memories.ramp)
+    first, second = probe.attention(case, halved)
+    probe.agree("output with every mask halved", second, first, AttentionBounds(case).expected_output().bound)
+
+
+@check(
+    "attention.wide",
+    clauses=["WIDTH"],
+    needs=NEEDS,
+    cases=some(ages=("old",), ramps=tuple(r for r in RAMPS if r >= 1), contents=("normal",)),
+)
+def wide(probe: Probe, case: AttentionCase) -> None:
+    """Spans and ages up to 131072 keep single steps apart, whatever the dtype of query, key and value."""
+    (got,) = probe.attention(case)
+    probe.compare("output", got, AttentionBounds(case).expected_output())
+
+
+@check("attention.repeated", clauses=["OUTPUT"], needs=NEEDS, cases=some())
+def repeated(probe: Probe, case: AttentionCase) -> None:
+    """The same question gets the same answer whatever was asked in between, in the same memory or another shape."""
+    other = replace(case, query=case.query[..., ::-1], value=-case.value)
+    forgot = case.with_memories(span=np.zeros_like(case.memories.span), ramp=case.memories.ramp + 1)
+    shorter = case.select(slots=slice(1, None))
+    questions = [case, other, forgot, shorter, case]
+    for question, got in zip(questions, probe.attention(*questions), strict=True):
+        probe.compare("output", got, AttentionBounds(question).expected_output())

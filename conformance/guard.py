@@ -1,0 +1,106 @@
+"""One call of a backend, with everything checked that does not depend on numbers.
+
+A backend is somebody else's program: it may raise, return anything, keep or change what it was given, or never come
+back. `guarded_call` turns all of that but the last into `Misbehaviour`; `refspan.conformance.sessions` adds the clock.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from refspan.conformance.protocol import Array
+
+
+KEYWORDS = ("queries", "ramp", "position")
+"""Arguments that the protocol passes by name. All others go by place: a backend may call them what it likes."""
+
+
+class Misbehaviour(Exception):
+    """What a backend did wrong, in one line."""
+
+
+class NotOffered(Exception):
+    """The backend lacks this operation."""
+
+
+class Shapes(dict[str, tuple[tuple[int, ...], str]]):
+    """What a result must look like: name -> (shape, dtype). The name "" stands for a result that is one array."""
+
+
+def guarded_call(
+    backend: Any, operation: str, calls: Sequence[Mapping[str, Any]], shapes: Sequence[Shapes]
+) -> list[Any]:
+    """Call `operation` once for each of `calls`, and check what came back against `shapes`.
+
+    Calls of one sequence get their arguments in the same memory as far as they fit, as a serving loop would: an answer
+    that is cached by address or by shape is then the answer to another question.
+
+    Raises:
+        Misbehaviour: what the backend did wrong.
+        NotOffered: the backend lacks the operation.
+    """
+    function = getattr(backend, operation, None)
+    if function is None:
+        raise NotOffered(operation)
+    buffers: dict[tuple[str, tuple[int, ...], str], Array] = {}
+    results = []
+    for arguments, expected in zip(calls, shapes, strict=True):
+        handed = {name: _hand_over(name, value, buffers) for name, value in arguments.items()}
+        try:
+            positional = [value for name, value in handed.items() if name not in KEYWORDS]
+            result = function(*positional, **{name: value for name, value in handed.items() if name in KEYWORDS})
+        except NotImplementedError as error:
+            raise NotOffered(f"{operation}: {error}" if str(error) else operation) from None
+        except MemoryError:
+            raise Misbehaviour(f"{operation} ran out of memory") from None
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever it is, the backend did it
+            text = " ".join(str(error).split())
+            hint = " (arguments are handed over read-only)" if "read-only" in text else ""
+            raise Misbehaviour(f"{operation} raised {type(error).__name__}: {text[:300]}{hint}") from None
+        results.append(_checked(operation, result, expected, handed))
+        for name, value in arguments.items():
+            if isinstance(value, np.ndarray) and handed[name].tobytes() != value.tobytes():
+                raise Misbehaviour(f"{operation} changed its argument {name!r}")
+    return results
+
+
+def _hand_over(name: str, value: Any, buffers: dict[tuple[str, tuple[int, ...], str], Array]) -> Any:
+    """A read-only array with the numbers of `value`, in the memory of an earlier argument if one fits."""
+    if not isinstance(value, np.ndarray):
+        return value
+    buffer = buffers.setdefault((name, value.shape, str(value.dtype)), np.empty_like(value))
+    buffer.flags.writeable = True
+    buffer[...] = value
+    buffer.flags.writeable = False
+    return buffer
+
+
+def _checked(operation: str, result: Any, expected: Shapes, handed: Mapping[str, Any]) -> Any:
+    """The result in memory of its own, if it is of the right type, shape and dtype."""
+    if "" in expected:
+        return _checked_array(f"{operation} returned", result, *expected[""], handed)
+    if not isinstance(result, Mapping):
+        raise Misbehaviour(f"{operation} returned {type(result).__name__}, expected a dict of {', '.join(expected)}")
+    missing = [name for name in expected if result.get(name) is None]
+    extra = [str(name) for name in result if name not in expected and result[name] is not None]
+    if missing or extra:
+        wrong = "misses " + ", ".join(missing) if missing else "has an unexpected " + ", ".join(extra)
+        raise Misbehaviour(f"{operation} returned a dict that {wrong}")
+    return {
+        name: _checked_array(f"{operation} returned for {name!r}", result[name], *like, handed)
+        for name, like in expected.items()
+    }
+
+
+def _checked_array(where: str, array: Any, shape: tuple[int, ...], dtype: str, handed: Mapping[str, Any]) -> Array:
+    if not isinstance(array, np.ndarray):
+        raise Misbehaviour(f"{where} {type(array).__name__}, expected a NumPy array")
+    if array.shape != shape:
+        raise Misbehaviour(f"{where} shape {array.shape}, expected {shape}")
+    if array.dtype != np.dtype(dtype):
+        raise Misbehaviour(f"{where} dtype {array.dtype}, expected {dtype}")
+    for name, argument in handed.items():
+        if isinstance(argument, np.ndarray) and np.may_share_memory(array, argument):
+            raise Misbehaviour(f"{where} memory of its argument {name!r}")
+    return np.array(array)

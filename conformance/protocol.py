@@ -1,0 +1,75 @@
+"""What a backend offers: the seam that other people's implementations plug into.
+
+Arrays in and out are NumPy. An operation that a backend lacks (missing, or None) is not offered: it is reported as
+such and never counted as passed. Results have the dtype of `query` (of `span` for masks and span gradients), and
+neither alias nor change the arguments.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+OPERATIONS = ("soft_mask", "span_attention", "span_attention_backward", "open_model")
+
+
+class Stream(Protocol):
+    """One batch of token streams through a model, as `Backend.open_model` returns it."""
+
+    def step(self, tokens: NDArray[np.int64]) -> Array:
+        """Tokens [B, M] -> log-probabilities [B, M, V]; consecutive calls continue the stream."""
+
+    def memory_size(self) -> Sequence[int]:
+        """Memories held, one number per layer, the longest row of the batch (optional)."""
+
+    def reset(self, row: int) -> None:
+        """One row of the batch starts anew, empty; the others go on (optional)."""
+
+
+class Backend(Protocol):
+    """An implementation of the specification. Every operation is optional; `name` is not."""
+
+    name: str
+
+    def soft_mask(self, span: Array, age: NDArray[np.int64], *, queries: int, ramp: float) -> Array:
+        """Span [B, N], age [B, N] -> mask [B, M, N]."""
+
+    def span_attention(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        span: Array,
+        age: NDArray[np.int64],
+        *,
+        ramp: float,
+        position: Array | None = None,
+    ) -> Array:
+        """Query [B, H, M, D], key and value [B, H, N, D], span and age [B, N], position [P, D] -> [B, H, M, D]."""
+
+    def span_attention_backward(
+        self,
+        grad_out: Array,
+        query: Array,
+        key: Array,
+        value: Array,
+        span: Array,
+        age: NDArray[np.int64],
+        *,
+        ramp: float,
+        position: Array | None = None,
+    ) -> Mapping[str, Array]:
+        """Gradients under the names "query", "key", "value", "span" and, if there is one, "position"."""
+
+    def open_model(
+        self,
+        config: Any,
+        params: Mapping[str, Array],
+        *,
+        batch: int,
+        memory: Sequence[tuple[Array, NDArray[np.int64]]] | None = None,
+    ) -> Stream:
+        """Start `batch` streams. `memory`: None, or one (hidden [B, N, d], age [B, N]) pair per layer."""

@@ -1,0 +1,118 @@
+"""What a check is, and the list of them all."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from hypothesis.strategies import SearchStrategy
+
+from refspan.clauses import CLAUSES
+from refspan.conformance.cases import AttentionCase, Memories
+from refspan.conformance.guard import Misbehaviour, Shapes
+from refspan.conformance.protocol import Array
+from refspan.conformance.sessions import Session
+from refspan.conformance.tolerance import Expected
+
+LEVELS = ("mask", "attention", "gradient", "golden")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that a backend must get right."""
+
+    id: str
+    """"level.name"."""
+    clauses: tuple[str, ...]
+    purpose: str
+    """What it checks, in one line; then, if need be, why."""
+    needs: tuple[str, ...]
+    """Operations that the backend must offer to be asked."""
+    cases: Callable[[np.dtype], SearchStrategy[Any] | Sequence[Any]]
+    """Given the dtype of the run: a strategy to draw cases from, or all the cases there are."""
+    body: Callable[["Probe", Any], None]
+
+    @property
+    def level(self) -> str:
+        """The part of the id before the dot."""
+        return self.id.partition(".")[0]
+
+
+CHECKS: dict[str, Check] = {}
+"""Every check by id, in the order in which they run."""
+
+
+def check(
+    id: str,  # noqa: A002
+    *,
+    clauses: Sequence[str],
+    needs: Sequence[str],
+    cases: Callable[[np.dtype], SearchStrategy[Any] | Sequence[Any]],
+) -> Callable[[Callable[["Probe", Any], None]], Callable[["Probe", Any], None]]:
+    """Register the decorated function as the body of a check; its docstring says what it checks."""
+
+    def register(body: Callable[["Probe", Any], None]) -> Callable[["Probe", Any], None]:
+        unknown = [clause for clause in clauses if clause not in CLAUSES]
+        if unknown or id in CHECKS or id.partition(".")[0] not in LEVELS or not body.__doc__:
+            raise ValueError(f"check {id!r} is registered twice, has no docstring or cites unknown clauses {unknown}")
+        CHECKS[id] = Check(id, tuple(clauses), body.__doc__.strip(), tuple(needs), cases, body)
+        return body
+
+    return register
+
+
+class Probe:
+    """How a check asks the backend, and compares what it says."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self.worst = 0.0
+        """Largest error so far, as a fraction of its bound."""
+
+    def soft_mask(self, *asked: Memories) -> list[Array]:
+        """Masks [B, M, N] of these memories, asked one after the other."""
+        shapes = [Shapes({"": ((len(m.span), m.queries, m.span.shape[1]), str(m.span.dtype))}) for m in asked]
+        return self._session.call("soft_mask", [m.arguments() for m in asked], shapes)
+
+    def attention(self, *asked: AttentionCase) -> list[Array]:
+        """Outputs [B, H, M, D] of these attention steps, asked one after the other."""
+        shapes = [Shapes({"": (case.query.shape, str(case.query.dtype))}) for case in asked]
+        return self._session.call("span_attention", [case.arguments() for case in asked], shapes)
+
+    def gradients(self, *asked: AttentionCase) -> list[Mapping[str, Array]]:
+        """Gradients of these attention steps by name, asked one after the other."""
+        names = ("query", "key", "value", "position")
+        shapes = []
+        for case in asked:
+            like = {name: getattr(case, name) for name in names} | {"span": case.memories.span}
+            shapes.append(Shapes({n: (x.shape, str(x.dtype)) for n, x in like.items() if x is not None}))
+        calls = [{"grad_out": case.grad_out, **case.arguments()} for case in asked]
+        return self._session.call("span_attention_backward", calls, shapes)
+
+    def compare(self, what: str, got: Array, expected: Expected) -> None:
+        """Fail unless `got` is within the bound everywhere that the bound decides anything.
+
+        Raises:
+            Misbehaviour: where it is furthest off, what it is and what it should be.
+        """
+        if got.size == 0:
+            return
+        value, bound = (np.broadcast_to(x, got.shape) for x in (expected.value, expected.bound))
+        wide = got.astype(np.float64)
+        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+            error = np.abs(wide - value)
+            ratio = np.where(error == 0, 0.0, error / bound)
+        ratio = np.where(np.isinf(bound), 0.0, np.where(np.isnan(ratio), np.inf, ratio))
+        at = np.unravel_index(np.argmax(ratio), ratio.shape)
+        self.worst = max(self.worst, float(ratio[at]))
+        if ratio[at] > 1:
+            where = ", ".join(str(int(i)) for i in at)
+            raise Misbehaviour(
+                f"{what}[{where}] is {wide[at]:.9g}, expected {value[at]:.9g} +- {bound[at]:.2g}"
+                f" (off by {error[at]:.3g}, {ratio[at]:.3g} times the bound)"
+            )
+
+    def agree(self, what: str, got: Array, other: Array, bound: Array) -> None:
+        """Fail unless two answers that should be equal are, both having been allowed an error of `bound`."""
+        with np.errstate(invalid="ignore"):
+            self.compare(what, got, Expected(other.astype(np.float64), 2 * bound))

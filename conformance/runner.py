@@ -1,0 +1,164 @@
+"""Running checks: Hypothesis draws and shrinks, a session asks the backend, a report collects."""
+
+import platform
+import shlex
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import hypothesis
+import numpy as np
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis.errors import Flaky
+
+import refspan
+from refspan.conformance.guard import Misbehaviour, NotOffered
+from refspan.conformance.registry import CHECKS, LEVELS, Check, Probe
+from refspan.conformance.report import Failure, Report, Result
+from refspan.conformance.sessions import Hung, Session
+from refspan.errors import SetupError
+
+EXAMPLES = 100
+TIMEOUT = 10.0
+DTYPES = ("float16", "float32", "float64")
+
+
+def select(levels: Sequence[str] = (), ids: Sequence[str] = ()) -> list[Check]:
+    """The checks of these levels and with these ids; all of them if neither is given.
+
+    Raises:
+        SetupError: there is no such level or check.
+    """
+    import refspan.conformance.checks  # noqa: F401 - registers them
+
+    for level in levels:
+        if level not in LEVELS:
+            raise SetupError(f"unknown level {level!r}; expected one of {', '.join(LEVELS)}")
+    for id_ in ids:
+        if id_ not in CHECKS:
+            raise SetupError(f"unknown check {id_!r}; `refspan check --list` lists them")
+    wanted = [c for c in CHECKS.values() if c.level in levels or c.id in ids or not (levels or ids)]
+    return sorted(wanted, key=lambda c: LEVELS.index(c.level))
+
+
+def facts_of_run(session: Session, *, dtype: str, seed: int, examples: int) -> dict[str, str]:
+    """What a report says at its head."""
+    return {
+        "refspan": refspan.__version__,
+        **session.facts,
+        "dtype": dtype,
+        "seed": str(seed),
+        "examples": f"{examples} per check",
+        "python": f"{platform.python_version()}, numpy {np.__version__}, hypothesis {hypothesis.__version__}",
+    }
+
+
+def run(
+    session: Session,
+    checks: Iterable[Check],
+    report: Report,
+    *,
+    dtype: str = "float32",
+    seed: int = 0,
+    examples: int = EXAMPLES,
+    replay: Sequence[str] = ("refspan", "check"),
+    tick: Callable[[Check, int], None] = lambda check, example: None,  # noqa: ARG005
+) -> Iterator[Result]:
+    """Run `checks`, yield each result and add it to `report`; mark the report complete at the end.
+
+    Args:
+        session: the backend.
+        checks: what to run, in this order.
+        report: where results are added.
+        dtype: of query, key and value.
+        seed: of everything random. A check draws the same cases whichever others run beside it.
+        examples: per check.
+        replay: the command line to which `--check ID` is added to run a failed check again.
+        tick: called before each example.
+    """
+    for one in checks:
+        command = shlex.join([*replay, "--check", one.id])
+        result = _run_one(session, one, np.dtype(dtype), seed, examples, command, tick)
+        report.results.append(result)
+        yield result
+    report.complete = True
+
+
+def _run_one(
+    session: Session,
+    check: Check,
+    dtype: np.dtype,
+    seed: int,
+    examples: int,
+    replay: str,
+    tick: Callable[[Check, int], None],
+) -> Result:
+    probe = Probe(session)
+    asked = 0
+    shrunk: tuple[Any, Misbehaviour] | None = None
+    lost: tuple[Any, Misbehaviour] | None = None  # the case that hung or killed the backend: asked once, not shrunk
+
+    def ask(case: Any) -> None:
+        nonlocal asked, shrunk, lost
+        if lost is not None:
+            raise lost[1]
+        tick(check, asked)
+        asked += 1
+        try:
+            check.body(probe, case)
+        except Hung as error:
+            lost = case, error
+            raise
+        except Misbehaviour as error:
+            shrunk = case, error
+            raise
+
+    start = time.perf_counter()
+    status, note = "passed", ""
+    try:
+        _ask_all(check, dtype, seed, examples, ask)
+    except NotOffered:
+        return Result(check.id, check.level, check.clauses, check.purpose, "not offered", 0.0, 0, 0.0)
+    except Misbehaviour:
+        status = "failed"
+    except Flaky:
+        status, note = "failed", "; asked the same again, the backend answered differently"
+    seconds = time.perf_counter() - start
+
+    failure = None
+    found = lost or shrunk
+    if status == "failed" and found is not None:
+        case, error = found
+        failure = Failure(f"{error}{note}", tuple(case.describe()), replay)
+    return Result(
+        check.id,
+        check.level,
+        check.clauses,
+        check.purpose,
+        "failed" if failure else "passed",
+        probe.worst,
+        asked,
+        seconds,
+        failure,
+    )
+
+
+def _ask_all(check: Check, dtype: np.dtype, seed: int, examples: int, ask: Callable[[Any], None]) -> None:
+    cases = check.cases(dtype)
+    if isinstance(cases, Sequence):
+        for case in cases:
+            ask(case)
+        return
+    decorate = settings(
+        max_examples=examples,
+        database=None,
+        deadline=None,
+        derandomize=False,
+        phases=(Phase.generate, Phase.shrink),
+        report_multiple_bugs=False,
+        suppress_health_check=list(HealthCheck),
+        print_blob=False,
+    )
+    own_seed = zlib.crc32(f"{seed} {check.id} {dtype}".encode())
+    hypothesis.seed(own_seed)(decorate(given(cases)(ask)))()

@@ -1,0 +1,179 @@
+"""Hypothesis strategies that reach the places where implementations break.
+
+Hypothesis draws the structure (sizes, ramp, what each memory is about to do) and shrinks it: every list below begins
+with its plainest entry, so a counterexample ends up as small and as plain as it can be. The numbers that fill arrays
+come from a generator with a drawn seed.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+from hypothesis import strategies as st
+
+from refspan.conformance.cases import AttentionCase, Memories
+from refspan.conformance.protocol import Array
+
+Draw = Callable[[st.SearchStrategy], object]
+
+
+def _all_different(sizes: tuple[int, ...]) -> bool:
+    """Sizes of 0 and 1 may repeat; no other: a wrong axis or a missing squeeze must not go unseen."""
+    large = [size for size in sizes if size > 1]
+    return len(large) == len(set(large))
+
+
+SIZES = sorted(
+    (s for s in product((1, 2, 3), (1, 2, 5), (1, 3, 4, 7), (1, 2, 6, 9, 13, 0), (1, 4, 8)) if _all_different(s)),
+    key=lambda s: (s[0] * s[1] * s[2] * max(s[3], 1) * s[4], s),
+)
+"""(B, H, M, N, D), smallest first."""
+
+RAMPS = (1.0, 2.0, 16.0, 128.0, 4096.0, 0.5, 0.25, 3.0, 2.5, 0.3, 7.7, 100.0)
+"""Binary, fractional, larger and smaller than any block; some make rounding visible."""
+
+AGES = ("stream", "past", "gaps", "shuffled", "old")
+"""How one row's ages are laid out, see `_ages`."""
+
+FATES = (
+    "lives on",
+    "expired",
+    "fades",
+    "ramp begins",
+    "ramp ends",
+    "just before the ramp",
+    "just on the ramp",
+    "just before its end",
+    "just beyond its end",
+    "span 0",
+    "nearly gone",
+)
+"""What a memory is about to do, as seen by one query of the block, see `_span`."""
+
+CONTENTS = ("small integers", "normal", "large logits")
+
+
+@st.composite
+def memories(
+    draw: Callable[..., object],
+    dtype: np.dtype,
+    *,
+    batch: int,
+    queries: int,
+    slots: int,
+    ages: tuple[str, ...] = AGES,
+    fates: tuple[str, ...] = FATES,
+    ramps: tuple[float, ...] = RAMPS,
+    widest: int = 131072,
+) -> Memories:
+    """Memories of `slots` slots in each of `batch` rows; spans in float32 unless `dtype` is float64."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**16)))
+    ramp = float(draw(st.sampled_from(ramps)))  # type: ignore[arg-type]
+    span_dtype = np.dtype(np.float64 if dtype == np.float64 else np.float32)
+    span = np.zeros((batch, slots), span_dtype)
+    age = np.zeros((batch, slots), np.int64)
+    notes = []
+    for b in range(batch):
+        layout = str(draw(st.sampled_from(ages)))
+        age[b] = _ages(rng, layout, queries, slots, widest)
+        row = draw(st.lists(st.sampled_from(fates), min_size=slots, max_size=slots))
+        for i, fate in enumerate(row):  # type: ignore[var-annotated, arg-type]
+            span[b, i] = _span(rng, fate, int(age[b, i]), queries, ramp, span_dtype)
+        notes.append(f"row {b}: {layout} ages, {', '.join(row) or 'no memory'}")  # type: ignore[call-overload]
+    return Memories(span, age, ramp, queries, tuple(notes))
+
+
+def _ages(rng: np.random.Generator, layout: str, queries: int, slots: int, widest: int) -> Array:
+    """Distinct ages of one row."""
+    if layout == "stream":  # contiguous, ending with the block itself
+        return np.arange(slots, 0, -1) - queries
+    if layout == "past":  # contiguous, ending just before the block
+        return np.arange(slots, 0, -1)
+    if layout == "old":  # anywhere up to the largest age, the two ends included
+        ages = 1 + rng.choice(widest, size=slots, replace=False)
+        ages[: min(slots, 2)] = (1, widest)[: min(slots, 2)]
+        return np.sort(ages)[::-1]
+    ages = np.sort(rng.choice(np.arange(1 - queries, 3 * slots + 2), size=slots, replace=False))[::-1]
+    return rng.permutation(ages) if layout == "shuffled" else ages
+
+
+def _span(rng: np.random.Generator, fate: str, age: int, queries: int, ramp: float, dtype: np.dtype) -> float:
+    """A span >= 0 that meets this fate at a randomly chosen query, as far as a span >= 0 can."""
+    last = max(age + queries - 1, 1)
+    first = max(age, 1)
+    distance = int(rng.integers(first, last + 1))
+    number = dtype.type
+    begins, ends = number(distance), number(max(distance - ramp, 0))
+    upward, downward = number(np.inf), number(0)
+    spans = {
+        "lives on": last + 50 * rng.random(),
+        "expired": first - ramp - 50 * rng.random(),
+        "fades": distance - ramp * rng.random(),
+        "ramp begins": begins,
+        "ramp ends": ends,
+        "just before the ramp": np.nextafter(begins, upward),
+        "just on the ramp": np.nextafter(begins, downward),
+        "just before its end": np.nextafter(ends, upward),
+        "just beyond its end": np.nextafter(ends, downward),
+        "span 0": 0.0,
+        "nearly gone": distance - ramp + ramp * 2.0**-20,
+    }
+    return max(float(number(spans[fate])), 0.0)
+
+
+@st.composite
+def attention_cases(
+    draw: Callable[..., object],
+    dtype: np.dtype,
+    *,
+    position: bool | None = None,
+    contents: tuple[str, ...] = CONTENTS,
+    sizes: list[tuple[int, int, int, int, int]] | None = None,
+    **about_memories: object,
+) -> AttentionCase:
+    """A whole attention step; `position` None means sometimes."""
+    batch, heads, queries, slots, head_size = draw(st.sampled_from(sizes or SIZES))  # type: ignore[misc]
+    held = draw(memories(dtype, batch=batch, queries=queries, slots=slots, **about_memories))  # type: ignore[arg-type]
+    style = str(draw(st.sampled_from(contents)))
+    with_position = bool(draw(st.booleans())) if position is None else position
+    rng = np.random.default_rng(draw(st.integers(0, 2**16)))
+    positions = int(rng.choice([p for p in (1, 2, 5, 10) if p not in (queries, slots, head_size) or p == 1]))
+
+    def fill(*shape: int) -> Array:
+        if style == "small integers":
+            return rng.integers(-2, 3, shape).astype(dtype)
+        return rng.standard_normal(shape).astype(dtype)
+
+    query, key, value = (
+        fill(batch, heads, queries, head_size),
+        fill(batch, heads, slots, head_size),
+        fill(batch, heads, slots, head_size),
+    )
+    if style == "large logits":
+        key = with_large_logits(query, key, 1e4)
+    assert isinstance(held, Memories)  # noqa: S101
+    return AttentionCase(
+        query,
+        key,
+        value,
+        replace(held, notes=(*held.notes, style)),
+        position=fill(positions, head_size) if with_position else None,
+        grad_out=fill(batch, heads, queries, head_size),
+    )
+
+
+def with_large_logits(query: Array, key: Array, size: float) -> Array:
+    """Keys scaled so that the largest logit of each batch row and head has about this `size`.
+
+    In half precision the product before the division by sqrt(D) has to stay in range too.
+    """
+    wide = key.astype(np.float64)
+    head_size = query.shape[-1]
+    product_ = np.abs(query.astype(np.float64) @ np.swapaxes(wide, -1, -2))
+    largest = np.max(product_, axis=(-2, -1), keepdims=True, initial=1e-3)
+    limit = min(size * np.sqrt(head_size), float(np.finfo(key.dtype).max) / 4)
+    # a key next to which the chosen query is small may still overflow the dtype of the key itself
+    scaled = wide * (limit / np.maximum(largest, 1e-3))
+    room = float(np.finfo(key.dtype).max) / 4
+    return np.clip(scaled, -room, room).astype(key.dtype)

@@ -1,0 +1,138 @@
+"""`refspan check`: hold a backend against the specification."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+from refspan.errors import SetupError
+
+DEFAULT_EXAMPLES = 100
+
+
+@click.command("check")
+@click.option("--backend", "backend_name", metavar="NAME", help="numpy, cupy, onnxruntime, an entry point, "
+              "package.module:attribute or path/to/file.py:attribute.")  # fmt: skip
+@click.option("--device", metavar="cpu|cuda", help="Device, for a backend that has a choice.")
+@click.option("--form", metavar="fused|portable", help="Form of the ONNX graph, for the onnxruntime backend.")
+@click.option(
+    "--dtype", default="float32", show_default=True, help="Dtype of query, key and value: float16, float32, float64."
+)
+@click.option("--level", "levels", multiple=True, metavar="LEVEL", help="Run only this level; may be repeated.")
+@click.option("--check", "ids", multiple=True, metavar="ID", help="Run only this check; may be repeated.")
+@click.option(
+    "--examples", type=click.IntRange(min=1), default=DEFAULT_EXAMPLES, show_default=True, help="Cases per check."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything random.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=10.0,
+    show_default=True,
+    help="Seconds that one answer may take.",
+)
+@click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="FILE", help="Write the report to FILE.")
+@click.option("--list", "only_list", is_flag=True, help="List the checks and what they check, and run none.")
+@click.pass_context
+def command(
+    ctx: click.Context,
+    *,
+    backend_name: str | None,
+    device: str | None,
+    form: str | None,
+    dtype: str,
+    levels: tuple[str, ...],
+    ids: tuple[str, ...],
+    examples: int,
+    seed: int,
+    timeout: float,
+    json_path: Path | None,
+    only_list: bool,
+) -> int:
+    """Hold a backend against the specification.
+
+    Exit status: 0 the backend conforms, 1 it does not, 2 it could not be asked.
+    """
+    from refspan.conformance.loading import load_backend
+    from refspan.conformance.report import Report, write_whole
+    from refspan.conformance.runner import DTYPES, facts_of_run, run, select
+    from refspan.conformance.sessions import Worker
+
+    checks = select(levels, ids)
+    if only_list:
+        for one in checks:
+            click.echo(f"{one.id:<28} {' '.join(one.clauses):<28} {one.purpose.partition(chr(10))[0]}")
+        return 0
+    if backend_name is None:
+        raise click.UsageError("Missing option '--backend': name one, for example --backend numpy.", ctx)
+    if dtype not in DTYPES:
+        raise SetupError(f"unknown dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
+    if json_path is not None:
+        _check_writable("--json", json_path)
+
+    session = Worker(partial(load_backend, backend_name, device=device, form=form), timeout=timeout)
+    if session.dtypes and dtype not in session.dtypes:
+        session.close()
+        raise SetupError(f"backend {backend_name!r} does not take dtype {dtype}; it takes {', '.join(session.dtypes)}")
+    report = Report(facts_of_run(session, dtype=dtype, seed=seed, examples=examples))
+    replay = ["refspan", "check", "--backend", backend_name]
+    for name, value in (("--device", device), ("--form", form)):
+        replay += [name, value] if value else []
+    replay += ["--dtype", dtype, "--seed", str(seed), "--examples", str(examples)]
+
+    interrupted = False
+    try:
+        for line in report.header():
+            click.echo(line)
+        click.echo()
+        _run(run, session, checks, report, dtype=dtype, seed=seed, examples=examples, replay=replay)
+    except KeyboardInterrupt:
+        interrupted = True
+    finally:
+        session.close()
+        if json_path is not None:
+            write_whole(json_path, report.to_json())
+    click.echo(report.summary())
+    if interrupted:
+        return 130
+    if report.conforms:
+        return 0
+    return 1 if report.count("failed") else 2
+
+
+def _run(run: Any, session: Any, checks: Any, report: Any, *, examples: int, **options: Any) -> None:
+    """Print a line per check as it finishes; on a terminal a bar shows the one at work."""
+    from tqdm import tqdm
+
+    # disable=None: no bar where stderr is no terminal
+    with tqdm(total=examples * len(checks), disable=None, leave=False, unit="ex", dynamic_ncols=True) as bar:
+
+        def tick(check: Any, example: int) -> None:
+            if example == 0:
+                bar.set_description(check.id)
+            if example < examples:
+                bar.update()
+
+        for done, result in enumerate(run(session, checks, report, examples=examples, tick=tick, **options), start=1):
+            bar.n = done * examples
+            bar.refresh()
+            lines = [result.line()]
+            if result.failure is not None:
+                lines += [f"      {result.failure.message}"]
+                lines += [f"        {line}" for line in result.failure.counterexample]
+                lines += [f"      replay: {result.failure.replay}"]
+            for line in lines:
+                bar.write(line)
+
+
+def _check_writable(option: str, path: Path) -> None:
+    """Fail before the work is done rather than after it, if the report cannot be written."""
+    import os
+
+    if path.is_dir():
+        raise SetupError(f"{option}: {path} is a folder, expected a file to write")
+    if not path.parent.is_dir():
+        raise SetupError(f"{option}: folder {path.parent} does not exist")
+    if not os.access(path.parent, os.W_OK):
+        raise SetupError(f"{option}: no permission to write into {path.parent}")
