@@ -2,10 +2,11 @@
 
 from typing import TYPE_CHECKING
 
-from refspan.export.source import build_model
+import numpy as np
 
 from refspan import __version__
 from refspan.errors import SetupError
+from refspan.export.source import build_model
 
 if TYPE_CHECKING:
     import onnx
@@ -100,6 +101,8 @@ def _model(
     opset = _opset(source, opset)
     settings: dict[str, str | int] = {"opset": opset, "ir_version": 8 if opset <= 18 else 10}
     settings |= _type_settings(type=dtype, span_type=span_dtype, compute_type=compute_dtype)
+    limits = np.finfo(compute_dtype)
+    settings |= {"compute_lowest": repr(float(limits.min)), "compute_highest": repr(float(limits.max))}
     model = build_model(source, settings, position=position)
     labels = {"dtype": dtype, "span_dtype": span_dtype, "opset": str(opset), "position": str(position).lower()}
     _label(model, {**extra, **labels}, _CLAUSES[source])

@@ -6,17 +6,17 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from refspan.arrays import check_attention, check_dtype, check_ramp, check_shape, check_spans, namespace_of
+from refspan.errors import SetupError
 from refspan.export.models import FORMS, attention_model, gradient_model, mask_model
 from refspan.export.session import check_device, load_onnxruntime, logged_kernels, make_session, placement_of
 from refspan.export.tiles import Array, Cost, Selection, tiles, visible_memories
 
-from refspan.arrays import check_attention, check_dtype, check_ramp, check_shape, check_spans, namespace_of
-from refspan.errors import SetupError
-
 if TYPE_CHECKING:
     import onnx
 
-SCRATCH_BYTES = 96 * 2**20
+SCRATCH_BYTES = 192 * 2**20
 """Default for the memory of arrays with a query axis and a memory axis that one run of a graph may need, in bytes.
 
 One query of one head is the smallest run. Beside it, the visible keys and values of a run are copied when some memories
@@ -30,6 +30,9 @@ _NUMBERS = {"mask": (0, 9), "fused": (3, 9), "portable": (4, 9), "gradient": (7,
 """Numbers per query and memory that a run holds at once, of each head and of the mask that heads share."""
 _POSITION_NUMBERS = 4
 """What relative position scores add, per query, memory and head."""
+_BLOCK = {"fused": 16, "portable": 16, "gradient": 128}
+"""Queries that a run keeps together if it can: products of fewer rows spend their time on reading keys and values, and
+each run of the gradient returns those of all its keys and values."""
 
 
 class AttentionRunner:
@@ -179,7 +182,7 @@ class AttentionRunner:
         if most == 0 or 0 in step.query.shape:
             return
         cost = _cost(graph, step)
-        for b, h, block in tiles(batch, heads, queries, most, cost, self.scratch_bytes):
+        for b, h, block in tiles(batch, heads, queries, most, cost, self.scratch_bytes, _BLOCK[graph]):
             selection = Selection.of(visible[b], GRANULARITY[self.device])
             if selection.size == 0:
                 continue

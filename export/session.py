@@ -59,8 +59,6 @@ def make_session(model: "onnx.ModelProto", *, device: str, threads: int | None, 
     entries = {"session.record_ep_graph_assignment_info": "1"}
     providers: list[Any] = [PROVIDERS[device]]
     if device == "cpu":
-        # The arena would keep the largest scratch ever used for as long as the session lives.
-        settings.enable_cpu_mem_arena = False
         # Waiting threads would otherwise spin, and take the cores from NumPy between two calls.
         entries["session.intra_op.allow_spinning"] = "0"
     else:

@@ -82,30 +82,25 @@ class Cost:
     """Of the mask and what leads to it, which all heads share."""
 
 
-SMALLEST_BLOCK = 8
-"""Queries that a tile keeps together if it can: products with fewer rows spend their time on reading the keys."""
-
-
 def tiles(
-    batch: int, heads: int, queries: int, memories: int, cost: Cost, limit: int
+    batch: int, heads: int, queries: int, memories: int, cost: Cost, limit: int, block: int = 1
 ) -> Iterator[tuple[slice, slice, list[slice]]]:
     """Cut batch rows x heads x queries so that a run needs at most `limit` bytes; one query of one head at least.
 
-    Whole rows if they fit, else all heads and some queries, else some heads: the mask is computed once for all heads
-    of a tile. Yields batch rows, heads and, for these, the queries of each run.
+    Whole rows if they fit, else all heads and some queries, so that the mask is computed once for all heads. If these
+    would be fewer queries than `block`, fewer heads instead, down to one.
+
+    Yields batch rows, heads and, for these, the queries of each run.
     """
-
-    def needs(h: int) -> int:
-        """Bytes of h heads of one query."""
-        return max(1, (h * cost.per_head + cost.shared) * memories)
-
-    b, h, m = max(1, limit // (needs(heads) * queries)), heads, limit // needs(heads)
-    smallest = min(SMALLEST_BLOCK, queries)
-    if m < smallest:
-        h = (limit // (smallest * max(1, memories)) - cost.shared) // max(1, cost.per_head)
+    size = max(1, memories)
+    block = min(block, queries)
+    all_heads = max(1, heads * cost.per_head + cost.shared) * size
+    b, h, m = max(1, limit // (all_heads * queries)), heads, limit // all_heads
+    if m < block:
+        h = (limit // (block * size) - cost.shared) // max(1, cost.per_head)
         h = min(heads, max(1, h))
-        m = max(1, min(limit // needs(h), queries))
-    m = min(m, queries)
+        m = limit // ((h * cost.per_head + cost.shared) * size)
+    m = min(queries, max(1, m))
     blocks = [slice(start, min(start + m, queries)) for start in range(0, queries, m)]
     for row in range(0, batch, b):
         for head in range(0, heads, h):
