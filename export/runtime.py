@@ -10,7 +10,7 @@ import numpy as np
 from refspan.arrays import check_attention, check_dtype, check_ramp, check_shape, check_spans, namespace_of
 from refspan.errors import SetupError
 from refspan.export.models import FORMS, attention_model, gradient_model, mask_model
-from refspan.export.session import check_device, load_onnxruntime, logged_kernels, make_session, placement_of
+from refspan.export.session import captured_log, check_device, kernels_in, load_onnxruntime, make_session, placement_of
 from refspan.export.tiles import Array, Cost, Selection, tiles, visible_memories
 
 if TYPE_CHECKING:
@@ -64,6 +64,8 @@ class AttentionRunner:
     ) -> None:
         if form not in FORMS:
             raise SetupError(f"form: got {form!r}, expected one of {', '.join(FORMS)}")
+        if scratch_bytes < 1:
+            raise ValueError(f"scratch_bytes: got {scratch_bytes}, expected at least 1")
         check_device(device)
         self.device, self.form, self.threads, self.scratch_bytes = device, form, threads, scratch_bytes
         self._session_options = dict(session_options or {})
@@ -89,9 +91,9 @@ class AttentionRunner:
         }
 
     def kernel(self) -> list[str]:
-        """What computed attention so far: the kernels that the CUDA provider logged, on the CPU the operators."""
+        """What computes attention: on CUDA the kernel that the provider logged in the first run, else the operators."""
         if self.device == "cuda" and self.form == "fused":
-            return sorted(set(self._kernels))
+            return list(self._kernels)
         operators = {node.rsplit(" (")[-1].rstrip(")") for node in self.placement()}
         return sorted(operators & {"Attention", "MatMul"})
 
@@ -170,8 +172,8 @@ class AttentionRunner:
             run.selection.add_to(totals["key"][run.b, run.h], grad_k, axis=2)
             run.selection.add_to(totals["value"][run.b, run.h], grad_v, axis=2)
             run.selection.add_to(totals["span"][run.b], grad_s, axis=1)
-            for x in grad_p:
-                totals["position"] += x
+            for grad in grad_p:
+                totals["position"][: len(grad)] += grad  # rows beyond the reach of any query have none
         return {name: total.astype(arrays[name].dtype, copy=False) for name, total in totals.items()}
 
     def _runs(self, step: "_Step", graph: str) -> Iterator["_Run"]:
@@ -182,6 +184,7 @@ class AttentionRunner:
         if most == 0 or 0 in step.query.shape:
             return
         cost = _cost(graph, step)
+        reach = max(0, int(step.age[visible].max()) + queries - 1)  # largest distance of a visible memory
         for b, h, block in tiles(batch, heads, queries, most, cost, self.scratch_bytes, _BLOCK[graph]):
             selection = Selection.of(visible[b], GRANULARITY[self.device])
             if selection.size == 0:
@@ -193,7 +196,7 @@ class AttentionRunner:
                 "ramp": np.asarray(step.ramp, step.span.dtype),
             }
             if step.position is not None:
-                shared["position"] = self._on_device(np.ascontiguousarray(step.position))
+                shared["position"] = self._on_device(np.ascontiguousarray(step.position[:reach]))
             # A place that is filled up is a memory after the block's last query, which no query sees (PAST).
             age = selection.gather(step.age[b], axis=1, fill=-queries)  # [b, n]
             for m in block:
@@ -205,9 +208,9 @@ class AttentionRunner:
         session = self._session(graph, dtype, width, position="position" in feed)
         values = {name: self._on_device(x) if isinstance(x, np.ndarray) else x for name, x in feed.items()}
         if self.device == "cuda" and graph == "fused" and not self._kernels:
-            with logged_kernels() as kernels:
+            with captured_log(load_onnxruntime(), severity=0) as messages:
                 outputs = session.run_with_ort_values(None, values)
-            self._kernels = kernels
+            self._kernels = kernels_in(messages)
         else:
             outputs = session.run_with_ort_values(None, values)
         return [x.numpy() for x in outputs]
@@ -220,7 +223,7 @@ class AttentionRunner:
         """The session of one graph, made when first asked for."""
         name = (graph, dtype, width, position)
         if name not in self._sessions:
-            model = _model(graph, dtype, width, position=position)
+            model = _model(graph, dtype, width, position=position, device=self.device)
             self._sessions[name] = make_session(
                 model, device=self.device, threads=self.threads, options=self._session_options
             )
@@ -277,12 +280,15 @@ class _Run:
     feed: dict[str, Any]
 
 
-def _model(graph: str, dtype: str, width: str, *, position: bool) -> "onnx.ModelProto":
+def _model(graph: str, dtype: str, width: str, *, position: bool, device: str) -> "onnx.ModelProto":
     if graph == "mask":
         return mask_model(width)
     if graph == "gradient":
         return gradient_model(dtype, position=position, span_dtype=width)
-    return attention_model(graph, dtype, position=position, span_dtype=width)
+    # A kernel serves the operator versions that it is registered for, and the CUDA provider is late with version 24 of
+    # Cast, Shape, Reshape and others: nodes would land on the CPU. Attention itself does the same in 23.
+    opset = 23 if device == "cuda" and graph == "fused" else None
+    return attention_model(graph, dtype, position=position, opset=opset, span_dtype=width)
 
 
 def _cost(graph: str, step: "_Step") -> Cost:

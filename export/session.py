@@ -6,7 +6,8 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
 from typing import TYPE_CHECKING, Any
 
 from refspan.errors import SetupError
@@ -30,7 +31,7 @@ def load_onnxruntime() -> Any:
 
 
 def check_device(device: str) -> None:
-    """Raise SetupError unless ONNX Runtime is there and was built for `device`."""
+    """Raise SetupError unless ONNX Runtime is there and can use `device`; the message says what is missing."""
     if device not in PROVIDERS:
         raise SetupError(f"device: got {device!r}, expected one of {', '.join(PROVIDERS)}")
     ort = load_onnxruntime()
@@ -39,8 +40,33 @@ def check_device(device: str) -> None:
             f"device {device}: this onnxruntime {ort.__version__} was built without {PROVIDERS[device]}; "
             'replace it: pip uninstall onnxruntime, then pip install "refspan[gpu]"'
         )
-    if device == "cuda" and hasattr(ort, "preload_dlls"):
-        ort.preload_dlls()  # finds CUDA and cuDNN in site-packages
+    if device == "cuda":
+        _check_cuda(ort)
+
+
+def _check_cuda(ort: Any) -> None:
+    """Start the CUDA provider on an empty task, because ONNX Runtime passes over one that does not start."""
+    import onnx.parser
+
+    if hasattr(ort, "preload_dlls"):
+        with redirect_stdout(StringIO()):  # it prints what it does not find; whether that matters shows below
+            ort.preload_dlls()  # finds CUDA and cuDNN in site-packages
+    probe = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["" : 18]> probe (float[N] x) => (float[N] y) { y = Identity (x) }"""
+    )
+    reason = ""
+    with captured_log(ort, severity=3) as log:
+        try:
+            session = ort.InferenceSession(probe.SerializeToString(), providers=[PROVIDERS["cuda"]], enable_fallback=0)
+            started = PROVIDERS["cuda"] in session.get_providers()
+        except Exception as error:  # noqa: BLE001 - onnxruntime raises a dozen unrelated types
+            started, reason = False, _line(error)
+    if not started:
+        reason = reason or next((line for line in log if "rror" in line), "no reason given")
+        raise SetupError(
+            f"device cuda: onnxruntime {ort.__version__} cannot start {PROVIDERS['cuda']}; is there an NVIDIA GPU, its "
+            f"driver, CUDA and cuDNN? ({reason})"
+        )
 
 
 def make_session(model: "onnx.ModelProto", *, device: str, threads: int | None, options: dict[str, str]) -> Any:
@@ -49,7 +75,6 @@ def make_session(model: "onnx.ModelProto", *, device: str, threads: int | None, 
     Raises:
         SetupError: the device cannot be used, or not for all of the model.
     """
-    check_device(device)
     ort = load_onnxruntime()
     settings = ort.SessionOptions()
     settings.log_severity_level = 3  # errors: what is wrong with a device is raised below
@@ -67,14 +92,9 @@ def make_session(model: "onnx.ModelProto", *, device: str, threads: int | None, 
     for name, value in {**entries, **options}.items():
         settings.add_session_config_entry(name, value)
     try:
-        session = ort.InferenceSession(model.SerializeToString(), settings, providers=providers)
+        session = ort.InferenceSession(model.SerializeToString(), settings, providers=providers, enable_fallback=0)
     except Exception as error:  # noqa: BLE001 - onnxruntime raises a dozen unrelated types
         raise SetupError(f"device {device}: onnxruntime {ort.__version__} refused the graph: {_line(error)}") from None
-    if PROVIDERS[device] not in session.get_providers():
-        raise SetupError(
-            f"device {device}: onnxruntime {ort.__version__} could not start {PROVIDERS[device]}; "
-            "no usable GPU, or the NVIDIA driver, CUDA or cuDNN is missing or too old"
-        )
     return session
 
 
@@ -89,30 +109,40 @@ def placement_of(session: Any) -> dict[str, str]:
     }
 
 
-_KERNEL = re.compile(r"Attention: using (?P<kernel>.+?)(?: \(|$)", re.MULTILINE)
+_LOG_LINE = re.compile(r"\[[VIWEF]:onnxruntime[^\]]*\] *(?P<message>.*?)(?:\x1b\[m)?$")
 
 
 @contextmanager
-def logged_kernels() -> Iterator[list[str]]:
-    """Attention kernels that ONNX Runtime's CUDA provider chooses inside the `with` block, from its verbose log.
+def captured_log(ort: Any, *, severity: int) -> Iterator[list[str]]:
+    """Messages that ONNX Runtime's default logger writes inside the `with` block; 0 is verbose, 3 errors only.
 
-    The log goes to the process's stderr, below Python, so that is what is captured; it is written out afterwards.
+    They go to the process's stderr, below Python, so that is what is caught. Lines of others are written out again.
     """
-    ort = load_onnxruntime()
-    kernels: list[str] = []
+    messages: list[str] = []
     sys.stderr.flush()
     kept = os.dup(2)
-    with tempfile.TemporaryFile() as log:
-        os.dup2(log.fileno(), 2)
-        ort.set_default_logger_severity(0)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        ort.set_default_logger_severity(severity)
         try:
-            yield kernels
+            yield messages
         finally:
-            ort.set_default_logger_severity(2)
+            ort.set_default_logger_severity(2)  # its default: warnings
+            sys.stderr.flush()
             os.dup2(kept, 2)
             os.close(kept)
-            log.seek(0)
-            kernels += _KERNEL.findall(log.read().decode(errors="replace"))
+            file.seek(0)
+            for line in file.read().decode(errors="replace").splitlines():
+                if found := _LOG_LINE.search(line):
+                    messages.append(found["message"])
+                else:
+                    os.write(2, f"{line}\n".encode())
+
+
+def kernels_in(messages: list[str]) -> list[str]:
+    """Names of the attention kernels that the CUDA provider says it uses, in these log messages."""
+    found = (re.search(r"Attention: using (?P<kernel>.+?)(?: \(|$)", message) for message in messages)
+    return sorted({match["kernel"] for match in found if match})
 
 
 def _line(error: BaseException) -> str:

@@ -30,18 +30,19 @@ def build_model(name: str, settings: "Mapping[str, str | int]", *, position: boo
     text, doc = _read(name, settings, position=position)
     model = onnx.parser.parse_model(text)
     model.doc_string = model.graph.doc_string = doc
-    wanted = _CALL.findall(text)
-    done: set[str] = set()
-    while wanted:
-        function_name = wanted.pop(0)
-        if function_name in done:
-            continue
-        done.add(function_name)
-        text, doc = _read(function_name, settings, position=position)
-        function = onnx.parser.parse_function(text)
-        function.doc_string = doc
-        model.functions.append(function)
-        wanted += _CALL.findall(text)
+    functions: dict[str, onnx.FunctionProto] = {}
+
+    def draw_in(calling: str) -> None:
+        """Add the functions that a text calls, each after those that it calls: some readers need that order."""
+        for called in _CALL.findall(calling):
+            if called not in functions:
+                text, doc = _read(called, settings, position=position)
+                draw_in(text)
+                functions[called] = onnx.parser.parse_function(text)
+                functions[called].doc_string = doc
+
+    draw_in(text)
+    model.functions.extend(functions.values())
     # A node is named after its first result, so that viewers, profiles and placement records can tell nodes apart.
     for body in [model.graph, *model.functions]:
         for node in body.node:
