@@ -8,12 +8,11 @@ import numpy as np
 
 from refspan.conformance.protocol import Array
 
-
 MOST_LINES = 12
 """Memories that a description spells out."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Memories:
     """Who remembers what for how long, as one block of queries finds it."""
 
@@ -25,6 +24,9 @@ class Memories:
     queries: int
     notes: tuple[str, ...] = ()
     """How the case was made, in words."""
+
+    def __repr__(self) -> str:
+        return f"Memories({self.describe()[0]})"  # Hypothesis asks for it often; the arrays are in `describe`
 
     @property
     def distance(self) -> Array:
@@ -47,7 +49,7 @@ class Memories:
         return lines
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AttentionCase:
     """The arguments of one attention step, and an upstream gradient for its output."""
 
@@ -62,6 +64,9 @@ class AttentionCase:
     """[P, D]"""
     grad_out: Array = field(default_factory=lambda: np.zeros(0))
     """[B, H, M, D]"""
+
+    def __repr__(self) -> str:
+        return f"AttentionCase({self.describe()[0]})"
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int]:

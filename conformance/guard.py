@@ -11,7 +11,6 @@ import numpy as np
 
 from refspan.conformance.protocol import Array
 
-
 KEYWORDS = ("queries", "ramp", "position")
 """Arguments that the protocol passes by name. All others go by place: a backend may call them what it likes."""
 

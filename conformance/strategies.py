@@ -5,9 +5,9 @@ with its plainest entry, so a counterexample ends up as small and as plain as it
 come from a generator with a drawn seed.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from refspan.conformance.cases import AttentionCase, Memories
 from refspan.conformance.protocol import Array
 
-Draw = Callable[[st.SearchStrategy], object]
+Sizes = tuple[int, int, int, int, int]
+"""B, H, M, N, D."""
 
 
 def _all_different(sizes: tuple[int, ...]) -> bool:
@@ -56,7 +57,7 @@ CONTENTS = ("small integers", "normal", "large logits")
 
 @st.composite
 def memories(
-    draw: Callable[..., object],
+    draw: st.DrawFn,
     dtype: np.dtype,
     *,
     batch: int,
@@ -69,18 +70,18 @@ def memories(
 ) -> Memories:
     """Memories of `slots` slots in each of `batch` rows; spans in float32 unless `dtype` is float64."""
     rng = np.random.default_rng(draw(st.integers(0, 2**16)))
-    ramp = float(draw(st.sampled_from(ramps)))  # type: ignore[arg-type]
+    ramp = draw(st.sampled_from(ramps))
     span_dtype = np.dtype(np.float64 if dtype == np.float64 else np.float32)
     span = np.zeros((batch, slots), span_dtype)
     age = np.zeros((batch, slots), np.int64)
     notes = []
     for b in range(batch):
-        layout = str(draw(st.sampled_from(ages)))
+        layout = draw(st.sampled_from(ages))
         age[b] = _ages(rng, layout, queries, slots, widest)
         row = draw(st.lists(st.sampled_from(fates), min_size=slots, max_size=slots))
-        for i, fate in enumerate(row):  # type: ignore[var-annotated, arg-type]
+        for i, fate in enumerate(row):
             span[b, i] = _span(rng, fate, int(age[b, i]), queries, ramp, span_dtype)
-        notes.append(f"row {b}: {layout} ages, {', '.join(row) or 'no memory'}")  # type: ignore[call-overload]
+        notes.append(f"row {b}: {layout} ages, {', '.join(row) or 'no memory'}")
     return Memories(span, age, ramp, queries, tuple(notes))
 
 
@@ -124,19 +125,20 @@ def _span(rng: np.random.Generator, fate: str, age: int, queries: int, ramp: flo
 
 @st.composite
 def attention_cases(
-    draw: Callable[..., object],
+    draw: st.DrawFn,
+    /,
     dtype: np.dtype,
     *,
     position: bool | None = None,
     contents: tuple[str, ...] = CONTENTS,
-    sizes: list[tuple[int, int, int, int, int]] | None = None,
-    **about_memories: object,
+    sizes: list[Sizes] | None = None,
+    **about_memories: Any,
 ) -> AttentionCase:
     """A whole attention step; `position` None means sometimes."""
-    batch, heads, queries, slots, head_size = draw(st.sampled_from(sizes or SIZES))  # type: ignore[misc]
-    held = draw(memories(dtype, batch=batch, queries=queries, slots=slots, **about_memories))  # type: ignore[arg-type]
-    style = str(draw(st.sampled_from(contents)))
-    with_position = bool(draw(st.booleans())) if position is None else position
+    batch, heads, queries, slots, head_size = draw(st.sampled_from(sizes or SIZES))
+    held = draw(memories(dtype, batch=batch, queries=queries, slots=slots, **about_memories))
+    style = draw(st.sampled_from(contents))
+    with_position = draw(st.booleans()) if position is None else position
     rng = np.random.default_rng(draw(st.integers(0, 2**16)))
     positions = int(rng.choice([p for p in (1, 2, 5, 10) if p not in (queries, slots, head_size) or p == 1]))
 
@@ -152,7 +154,6 @@ def attention_cases(
     )
     if style == "large logits":
         key = with_large_logits(query, key, 1e4)
-    assert isinstance(held, Memories)  # noqa: S101
     return AttentionCase(
         query,
         key,
@@ -176,4 +177,4 @@ def with_large_logits(query: Array, key: Array, size: float) -> Array:
     # a key next to which the chosen query is small may still overflow the dtype of the key itself
     scaled = wide * (limit / np.maximum(largest, 1e-3))
     room = float(np.finfo(key.dtype).max) / 4
-    return np.clip(scaled, -room, room).astype(key.dtype)
+    return np.asarray(np.clip(scaled, -room, room).astype(key.dtype))

@@ -18,7 +18,7 @@ Three things need more than a multiple of u.
   may lie on either side adds its whole contribution to the bound.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import frexp
 
 import numpy as np
@@ -198,7 +198,8 @@ class AttentionBounds:
 
         a = self.a
         a_error = (self.moved + a * self.all_moved) * self.growth + 4 * u * a + tiny
-        a_error = np.where(self.possible, np.where(a_error < 1, a_error, 1), 0)
+        largest = 1 + u * (memories + 8)  # a weight lies in [0, 1], give or take its own rounding
+        a_error = np.where(self.possible, np.where(a_error < largest, a_error, largest), 0)
         grad_s = a * gap
         grad_s_error = a_error * (gap + gap_error) + a * gap_error + 8 * u * a * gap + np.where(self.possible, tiny, 0)
 
@@ -247,11 +248,13 @@ class AttentionBounds:
 
 def _float64(case: AttentionCase) -> AttentionCase:
     """The same case with every number widened, exactly."""
-    wide = case.with_memories(span=case.memories.span.astype(np.float64))
-    arrays = {name: getattr(case, name) for name in ("query", "key", "value", "grad_out", "position")}
     return AttentionCase(
-        memories=wide.memories,
-        **{name: None if array is None else array.astype(np.float64) for name, array in arrays.items()},
+        query=case.query.astype(np.float64),
+        key=case.key.astype(np.float64),
+        value=case.value.astype(np.float64),
+        memories=replace(case.memories, span=case.memories.span.astype(np.float64)),
+        position=None if case.position is None else case.position.astype(np.float64),
+        grad_out=case.grad_out.astype(np.float64),
     )
 
 
@@ -259,4 +262,4 @@ def _by_distance(case: AttentionCase) -> Array:
     """1 where memory i is at distance j + 1 of query m, else 0.   [B, M, N, P]."""
     assert case.position is not None  # noqa: S101
     distances = np.arange(1, len(case.position) + 1)
-    return (case.memories.distance[..., None] == distances).astype(np.float64)
+    return np.asarray(case.memories.distance[..., None] == distances, dtype=np.float64)

@@ -101,6 +101,8 @@ def span_attention(
     xp = _namespace(query, key, value, span, age, position)
     ramp = check_ramp(ramp)
     check_attention(xp, query, key, value, span, age, position)
+    if scratch_bytes < 1:
+        raise ValueError(f"scratch_bytes: got {scratch_bytes}, expected at least 1")
     batch, heads, queries, head_size = query.shape
     dtype = xp.result_type(query.dtype, xp.float32)
     new = {"dtype": dtype, "device": device_of(query)}

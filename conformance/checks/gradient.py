@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
@@ -210,7 +211,7 @@ def _near_kink(case: AttentionCase, reach: Array) -> Array:
 
 
 def _moved(case: AttentionCase, values: Mapping[str, Array]) -> AttentionCase:
-    arrays = {name: x for name, x in values.items() if name != "span"}
+    arrays: dict[str, Any] = {name: x for name, x in values.items() if name != "span"}
     return replace(case.with_memories(span=values["span"]), **arrays)
 
 

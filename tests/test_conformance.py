@@ -1,0 +1,293 @@
+"""The suite rejects what is wrong, accepts what is right, and survives what is broken."""
+
+import inspect
+import sys
+
+import loops
+import misbehaving
+import numpy as np
+import pytest
+import wrong
+
+from refspan.clauses import CLAUSES
+from refspan.conformance import check_backend, load_backend
+from refspan.conformance.backends.reference import NumpyBackend
+from refspan.conformance.registry import CHECKS, LEVELS
+from refspan.conformance.runner import select
+from refspan.conformance.sessions import Worker
+from refspan.conformance.strategies import SIZES, attention_cases
+from refspan.conformance.tolerance import AttentionBounds, expected_mask, mask_interval
+from refspan.errors import SetupError
+
+
+def failures(report):
+    return {result.check: result.failure.message for result in report.results if result.failure}
+
+
+@pytest.mark.parametrize("name", wrong.MUTANTS)
+def test_wrong_backend_is_rejected_by_the_named_checks(name):
+    """At default settings; each of the named checks on its own."""
+    cls, rejected_by = wrong.MUTANTS[name]
+    report = check_backend(cls(), checks=rejected_by, timeout=2)
+    assert set(failures(report)) == set(rejected_by)
+    for result in report.results:
+        assert result.failure.counterexample
+        assert "\n" not in result.failure.message
+
+
+def test_enough_wrong_backends_and_every_check_rejects_one():
+    assert len(wrong.MUTANTS) >= 25
+    select()
+    biting = {check for _, checks in wrong.MUTANTS.values() for check in checks}
+    # equal in what they compute to those of the same level that are named, and kept for their plainer message
+    assert {id_ for id_ in CHECKS if not id_.startswith("golden.")} - biting == set()
+
+
+@pytest.mark.parametrize("name", ["OneMaskPerBlock", "NoScale", "SeesItself", "PositionOffByOne"])
+def test_recorded_results_reject_wrong_backends(name):
+    cls, _ = wrong.MUTANTS[name]
+    assert failures(check_backend(cls(), levels=("golden",)))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("backend", [NumpyBackend, wrong.Dense])
+def test_right_backends_are_accepted(backend, dtype, seed):
+    assert failures(check_backend(backend(), dtype=dtype, seed=seed, examples=40)) == {}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_plain_python_is_accepted(seed):
+    report = check_backend(loops.Loops(), seed=seed, examples=25)
+    assert failures(report) == {}
+    assert report.conforms
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_autograd_is_accepted(seed):
+    pytest.importorskip("torch")
+    from torch_backend import TorchBackend
+
+    assert failures(check_backend(TorchBackend(), seed=seed, examples=40)) == {}
+
+
+@pytest.mark.parametrize("form", ["fused", "portable"])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_onnxruntime_is_accepted(form, dtype):
+    backend = load_backend("onnxruntime", form=form)
+    assert failures(check_backend(backend, dtype=dtype, seed=1, examples=40)) == {}
+
+
+def test_every_check_says_what_it_checks():
+    select()
+    assert {check.level for check in CHECKS.values()} == set(LEVELS)
+    for check in CHECKS.values():
+        assert check.purpose
+        assert set(check.clauses) <= set(CLAUSES)
+        assert check.needs
+    cited = {clause for check in CHECKS.values() for clause in check.clauses}
+    assert {"PAST", "MASK", "LOGIT", "WEIGHT", "EMPTY", "OUTPUT", "GRAD", "WIDTH"} <= cited
+
+
+def test_runs_are_deterministic_and_differ_by_seed():
+    def messages(seed):
+        cls, _ = wrong.MUTANTS["NoScale"]
+        return failures(check_backend(cls(), levels=("attention",), seed=seed, examples=30))
+
+    assert messages(5) == messages(5)
+    assert messages(5) != messages(6)
+
+
+def test_a_check_draws_the_same_cases_whichever_others_run():
+    cls, _ = wrong.MUTANTS["HardMask"]
+    alone = failures(check_backend(cls(), checks=("attention.output",)))
+    among = failures(check_backend(cls(), levels=("mask", "attention")))
+    assert alone["attention.output"] == among["attention.output"]
+
+
+def test_no_two_sizes_of_a_draw_are_alike():
+    for sizes in SIZES:
+        large = [size for size in sizes if size > 1]
+        assert len(set(large)) == len(large)
+    assert any(0 in s for s in SIZES)
+
+
+class TestTolerance:
+    def test_exact_arithmetic_gets_no_allowance(self):
+        """Spans on a binary grid and a binary ramp: float32 has no excuse, at the kinks least of all."""
+        case = wrong_memories([4.0, 8.0, 6.5, 0.0], [4, 8, 12, 1], ramp=4.0)
+        interval = mask_interval(case)
+        assert (interval.low == interval.high).all()
+
+    def test_rounding_gets_some(self):
+        case = wrong_memories([4.1, 131072.3], [7, 131073], ramp=3.0)
+        interval = mask_interval(case)
+        width = (interval.high - interval.low)[0, 0]
+        assert 0 < width[0] < 1e-5
+        assert width[0] < width[1] < 0.1  # one step of float32 at 131072 is 1 / 128
+
+    def test_float32_never_leaves_the_interval(self):
+        """Four orders of the same sums, at random and at the kinks."""
+        rng = np.random.default_rng(0)
+        outside = 0
+        for ramp in (0.3, 1.0, 7.7, 49.0, 128.0):
+            age = rng.integers(1, 200, (1, 2000))
+            near = np.float32(age - rng.choice([0, ramp], age.shape) * rng.choice([1, 0.999, 1.001], age.shape))
+            span = np.where(rng.random(age.shape) < 0.5, near, rng.random(age.shape) * 200).astype(np.float32)
+            case = wrong_memories(span[0], age[0], ramp=ramp)
+            interval, t, r = mask_interval(case), age.astype(np.float32), np.float32(ramp)
+            one = np.float32(1)
+            for m in (one + (span - t) / r, one + (span - t) * (one / r), ((span + r) - t) / r, one - (t - span) / r):
+                m = np.clip(m, 0, 1).astype(np.float64)
+                outside += np.sum((m < interval.low[0]) | (m > interval.high[0]))
+        assert outside == 0
+
+    def test_bounds_are_small_and_seldom_infinite(self):
+        """A bound that allows everything checks nothing."""
+        from hypothesis import HealthCheck, Phase, given, settings
+
+        large, total = 0, 0
+
+        @settings(max_examples=200, phases=[Phase.generate], suppress_health_check=list(HealthCheck), database=None)
+        @given(attention_cases(np.dtype(np.float32), contents=("normal", "small integers")))
+        def collect(case):
+            nonlocal large, total
+            bounds = AttentionBounds(case)
+            everything = [bounds.expected_output(), *bounds.expected_gradients().values()]
+            for expected in everything:
+                large += np.sum(expected.bound > 1e-3 * max(1.0, np.abs(expected.value).max(initial=0)))
+                total += expected.bound.size
+
+        collect()
+        assert total > 10_000
+        assert large / total < 0.1
+
+    def test_mask_bound_is_a_few_units_in_the_last_place(self):
+        case = wrong_memories([10.3, 10.3, 9.0], [11, 12, 10], ramp=3.0)
+        assert expected_mask(case).bound.max() < 64 * np.finfo(np.float32).eps
+
+
+def wrong_memories(span, age, *, ramp, queries=1):
+    from refspan.conformance.cases import Memories
+
+    return Memories(np.array([span], np.float32), np.array([age], np.int64), ramp, queries)
+
+
+class TestBrokenBackends:
+    """In a process of their own, as the command line runs them."""
+
+    def worker(self, name, timeout=5.0):
+        from functools import partial
+
+        return Worker(partial(load_backend, f"{misbehaving.__file__}:{name}"), timeout=timeout)
+
+    def run(self, name, **options):
+        from refspan.conformance.report import Report
+        from refspan.conformance.runner import run
+
+        session = self.worker(name)
+        report = Report(session.facts)
+        try:
+            list(run(session, select(levels=["mask"]), report, examples=20, **options))
+        finally:
+            session.close()
+        return report
+
+    @pytest.mark.parametrize(
+        ("name", "said"),
+        [
+            ("Exits", "process ended with status 3 during soft_mask"),
+            ("Crashes", "process ended by signal SIGSEGV during soft_mask"),
+            ("CallsExit", "raised SystemExit"),
+        ],
+    )
+    def test_death_is_a_failure_of_each_check(self, name, said):
+        report = self.run(name)
+        assert report.count("failed") == 6
+        for message in failures(report).values():
+            assert said in message
+
+    def test_a_hang_is_ended_and_asked_only_once_per_check(self):
+        session = self.worker("instance", timeout=1.0)
+        session.close()
+        from functools import partial
+
+        hangs = Worker(partial(load_backend, f"{wrong.__file__}:Hangs"), timeout=1.0)
+        from refspan.conformance.report import Report
+        from refspan.conformance.runner import run
+
+        report = Report(hangs.facts)
+        try:
+            list(run(hangs, select(ids=["mask.values"]), report, examples=20))
+        finally:
+            hangs.close()
+        assert "did not return within 1 s" in failures(report)["mask.values"]
+        assert report.results[0].seconds < 8
+
+    def test_printing_does_not_matter(self, capfd):
+        report = self.run("Prints")
+        assert report.conforms
+        assert "noise" not in capfd.readouterr().out
+
+    def test_what_is_not_offered_is_not_passed(self):
+        session = self.worker("MaskOnly")
+        from refspan.conformance.report import Report
+        from refspan.conformance.runner import run
+
+        report = Report(session.facts)
+        try:
+            list(run(session, select(), report, examples=2))
+        finally:
+            session.close()
+        assert (report.count("passed"), report.count("failed")) == (6, 0)
+        assert report.count("not offered") == len(CHECKS) - 6
+
+
+class TestLoading:
+    @pytest.mark.parametrize("attribute", ["instance", "factory", "Choosy"])
+    def test_file(self, attribute):
+        assert load_backend(f"{misbehaving.__file__}:{attribute}").soft_mask is not None
+
+    def test_module(self):
+        assert load_backend("loops:Loops").name == "loops"
+
+    def test_options_reach_the_class(self):
+        assert load_backend("misbehaving:Choosy", device="cuda").device == "cuda"
+
+    def test_entry_point(self, tmp_path, monkeypatch):
+        folder = tmp_path / "theirs-1.0.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
+        (folder / "entry_points.txt").write_text("[refspan.backends]\ntheirs = loops:Loops\n")
+        monkeypatch.syspath_prepend(str(tmp_path))
+        assert load_backend("theirs").name == "loops"
+
+    @pytest.mark.parametrize(
+        ("text", "options", "message"),
+        [
+            ("nobody", {}, "unknown backend 'nobody'; expected one of numpy, cupy, onnxruntime"),
+            ("no.such.module:Thing", {}, "cannot be imported: ModuleNotFoundError"),
+            ("loops:Nothing", {}, "loops has no attribute 'Nothing'"),
+            ("missing/file.py:Thing", {}, "backend file missing/file.py: no such file"),
+            ("loops:Loops", {"device": "cuda"}, "has no option --device; leave it out"),
+            ("misbehaving:OffersNothing", {}, "offers no operation"),
+        ],
+    )
+    def test_what_cannot_be_loaded(self, text, options, message):
+        with pytest.raises(SetupError, match=message.replace("(", r"\(")) as caught:
+            load_backend(text, **options)
+        assert "\n" not in str(caught.value)
+
+    def test_missing_packages_name_the_extra(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "cupy", None)
+        with pytest.raises(SetupError, match=r'pip install "refspan\[gpu\]"'):
+            load_backend("cupy")
+
+
+def test_protocol_names_are_those_of_the_reference():
+    """The reference offers each operation that the levels of today need, with the protocol's parameters."""
+    from refspan.conformance.protocol import Backend
+
+    for operation in ("soft_mask", "span_attention", "span_attention_backward"):
+        asked = inspect.signature(getattr(Backend, operation)).parameters
+        assert list(inspect.signature(getattr(NumpyBackend, operation)).parameters) == list(asked)
