@@ -39,8 +39,9 @@ def run(*command: str | Path, cwd: Path) -> str:
 def copy_of_repository(to: Path) -> Path:
     """The files that are built from, without what earlier builds left beside them."""
     to.mkdir()
-    for file in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / file, to)
+    for file in ROOT.iterdir():
+        if file.is_file():
+            shutil.copy(file, to)
     for folder in (*FOLDERS, "tests"):
         shutil.copytree(ROOT / folder, to / folder, ignore=shutil.ignore_patterns("__pycache__"))
     return to
