@@ -39,7 +39,7 @@ def step(seed=0, *, sizes=(2, 3, 5, 11, 4), positions=6, dtype="float32", span_d
     """Inputs of an attention graph: all sizes different, memories in every phase of life, some of one age."""
     batch, heads, queries, memories, head_size = sizes
     rng = np.random.default_rng(seed)
-    fill = lambda *shape: rng.standard_normal(shape).astype(dtype)  # noqa: E731
+    fill = lambda *shape: rng.standard_normal(shape).astype(dtype)
     feed = {
         "query": fill(batch, heads, queries, head_size),
         "key": fill(batch, heads, memories, head_size),

@@ -27,7 +27,7 @@ def step(seed=0, *, sizes=(2, 3, 5, 11, 4), positions=6, dtype="float32", span_d
     """Arguments of an attention step: all sizes different, memories of every phase in any order, some of one age."""
     batch, heads, queries, memories, head_size = sizes
     rng = np.random.default_rng(seed)
-    fill = lambda *shape: rng.standard_normal(shape).astype(dtype)  # noqa: E731
+    fill = lambda *shape: rng.standard_normal(shape).astype(dtype)
     arrays = {
         "query": fill(batch, heads, queries, head_size),
         "key": fill(batch, heads, memories, head_size),
