@@ -411,6 +411,36 @@ class HeadsMixed(Dense):
         return super().output(a, v[:, ::-1])
 
 
+@mutant("attention.mask_scale", "attention.output")
+class MaskTimesLogits(Dense):
+    """The mask multiplies logits, not their exponentials."""
+
+    def weights(self, s, m):
+        a, share = super().weights(s * m, m)
+        hard, _ = super().weights(s * m, (m > 0).astype(m.dtype))
+        return hard, share
+
+
+@mutant("attention.mask_scale")
+class MaskWithFloor(Dense):
+    """Normalised weights are scaled by the strongest mask, so that a faint past stays faint."""
+
+    def weights(self, s, m):
+        a, share = super().weights(s, m)
+        some = np.max(m, axis=-1, keepdims=True, initial=0)
+        return a * some, share * some
+
+
+@mutant("attention.expired_contents", "attention.weights")
+class DeadKeepTheirShare(Dense):
+    """LR (flaw 6): expired memories that are still stored keep their part of the softmax."""
+
+    def weights(self, s, m):
+        past = np.broadcast_to(m >= 0, s.shape)
+        a, share = super().weights(s, past.astype(m.dtype))
+        return a * m, share
+
+
 # --- gradients --------------------------------------------------------------------------------------------------------
 
 
@@ -500,6 +530,57 @@ class SpanGradientFromDividedWeights(Dense):
 
     def grad_span(self, share, a, grad_a, m, ramp):
         return super().grad_span(a / (m + 1e-2), a, grad_a, m, ramp)
+
+
+@mutant("gradient.expired", "gradient.values")
+class DeadValuesLearn(Dense):
+    """Gradients of values use weights from before the mask."""
+
+    def span_attention_backward(self, grad_out, query, key, value, span, age, *, ramp, position=None):
+        grads = super().span_attention_backward(grad_out, query, key, value, span, age, ramp=ramp, position=position)
+        p = None if position is None else position.astype(np.float64)
+        s = self.logits(query.astype(np.float64), key.astype(np.float64), p, age)
+        a, _ = self.weights(s, np.ones_like(s))
+        return {**grads, "value": np.einsum("bhmn,bhmd->bhnd", a, grad_out).astype(value.dtype)}
+
+
+@mutant("gradient.slot_order")
+class SpanGradientInAgeOrder(Dense):
+    """Gradients of spans come back sorted by age, whatever the slots."""
+
+    def span_attention_backward(self, grad_out, query, key, value, span, age, *, ramp, position=None):
+        grads = super().span_attention_backward(grad_out, query, key, value, span, age, ramp=ramp, position=position)
+        order = np.argsort(-age, axis=1)
+        return {**grads, "span": np.take_along_axis(grads["span"], order, axis=1)}
+
+
+@mutant("gradient.batch_mates")
+class SpanGradientMeanOverBatch(Dense):
+    """Gradients of spans are divided by the batch size, as if the loss were known to be a mean."""
+
+    def sum_over_ramp(self, grad_mask, m, ramp):
+        return super().sum_over_ramp(grad_mask, m, ramp) / len(m)
+
+
+@mutant("gradient.large_logits")
+class GradientFromLogsOfWeights(Dense):
+    """exp(s) / Z from a / m with weights that have underflowed clipped at 1e-6."""
+
+    def grad_logits(self, a, grad_a):
+        return super().grad_logits(np.maximum(a, 1e-6).astype(a.dtype), grad_a)
+
+
+@mutant("gradient.repeated")
+class KeepsTheFirstGradient(Dense):
+    """Gradients are kept per shape."""
+
+    def __init__(self):
+        self.kept = {}
+
+    def span_attention_backward(self, grad_out, *arrays, ramp, position=None):
+        grads = super().span_attention_backward(grad_out, *arrays, ramp=ramp, position=position)
+        name = (*(x.shape for x in arrays), ramp, None if position is None else position.shape)
+        return {n: x.copy() for n, x in self.kept.setdefault(name, grads).items()}
 
 
 # --- behaviour --------------------------------------------------------------------------------------------------------
