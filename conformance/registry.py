@@ -39,7 +39,7 @@ class Check:
 
 
 CHECKS: dict[str, Check] = {}
-"""Every check by id, in the order in which they run."""
+"""Every check by id. They run level by level, see `refspan.conformance.runner.select`."""
 
 
 def check(

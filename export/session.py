@@ -84,8 +84,8 @@ def make_session(model: "onnx.ModelProto", *, device: str, threads: int | None, 
     entries = {"session.record_ep_graph_assignment_info": "1"}
     providers: list[Any] = [PROVIDERS[device]]
     if device == "cpu":
-        # Waiting threads would otherwise spin, and take the cores from NumPy between two calls.
-        entries["session.intra_op.allow_spinning"] = "0"
+        # Threads that wait for work spin while a run lasts, and stop with it: NumPy needs the cores between two runs.
+        entries["session.force_spinning_stop"] = "1"
     else:
         entries["session.disable_cpu_ep_fallback"] = "1"
         providers = [(PROVIDERS[device], {"use_tf32": "0"})]

@@ -38,6 +38,8 @@ class Visibility:
 
     def scatter(self, x: Array, memories: int) -> Array:
         """The transpose of `gather`: everyone back to its slot, zeros for the dead.   [.., n, D] -> [.., N, D]."""
+        if self.order is None and self.visible == memories:
+            return x
         *axes, _, size = x.shape
         dead = self.xp.zeros((*axes, memories - self.visible, size), dtype=x.dtype, device=device_of(x))
         in_order = self.xp.concat([x, dead], axis=-2)
@@ -52,10 +54,10 @@ def visibility(xp: Any, span: Array, age: Array, *, queries: int, ramp: float, p
     A mask only falls with distance, so two queries tell all: the first one that may see the memory (distance
     max(age, 1), if the block lasts until then) and the last one (distance age + M - 1).
     """
-    last = age + (queries - 1)
-    dead = (last < 1) | (mask_at(xp, span, xp.clip(age, 1, None), ramp) == 0)
+    first, last = xp.where(age > 1, age, xp.ones_like(age)), age + (queries - 1)
+    dead = (last < 1) | (mask_at(xp, span, first, ramp) == 0)
     full = (age >= 1) & (mask_at(xp, span, last, ramp) == 1)
-    near = (last >= 1) & (xp.clip(age, 1, None) <= positions)
+    near = (last >= 1) & (first <= positions)
 
     group = xp.where(full, xp.where(near, xp.ones_like(age), 0), xp.where(near, 2 * xp.ones_like(age), 3))
     group = xp.where(dead, 4, group)

@@ -416,7 +416,7 @@ class MaskTimesLogits(Dense):
     """The mask multiplies logits, not their exponentials."""
 
     def weights(self, s, m):
-        a, share = super().weights(s * m, m)
+        _, share = super().weights(s * m, m)
         hard, _ = super().weights(s * m, (m > 0).astype(m.dtype))
         return hard, share
 

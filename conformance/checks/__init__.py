@@ -1,4 +1,4 @@
-"""The checks, a module per level. Importing this package registers them all, in the order in which they run."""
+"""The checks, a module per level. Importing this package registers them all."""
 
 from refspan.conformance.checks import attention, golden, gradient, mask
 

@@ -1,0 +1,243 @@
+"""`refspan check` as a user meets it: status, output, reports, and one line for everything that is wrong."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import misbehaving
+import pytest
+import wrong
+
+from refspan.conformance.report import Report, Result, write_whole
+from refspan.conformance.runner import select
+
+FILE = misbehaving.__file__
+WRONG = wrong.__file__
+CHECKS = [check.id for check in select()]
+
+
+def run_module(*arguments, cwd=None, module="refspan", **environment):
+    return subprocess.run(
+        [sys.executable, "-m", module, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, **environment},
+        timeout=120,
+        check=False,
+    )
+
+
+def check(*arguments, **options):
+    return run_module("check", *arguments, **options)
+
+
+def test_conforming_backend():
+    ran = check("--backend", "numpy", "--level", "mask", "--examples", 5)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    lines = ran.stdout.splitlines()
+    head = dict(line.split(maxsplit=1) for line in lines[: lines.index("")])
+    assert {"refspan", "backend", "numpy", "device", "dtype", "seed", "examples", "python"} <= set(head)
+    assert (head["backend"], head["dtype"], head["seed"], head["examples"]) == ("numpy", "float32", "0", "5 per check")
+    checks = lines[lines.index("") + 1 : -1]
+    assert [line.split()[:2] for line in checks] == [["pass", c] for c in CHECKS if c.startswith("mask.")]
+    assert all("error/bound" in line for line in checks)
+    assert "MASK PAST WIDTH" in checks[0]
+    assert lines[-1] == "6 passed, 0 failed, 0 not offered"
+
+
+def test_wrong_backend_shows_a_small_counterexample_and_how_to_see_it_again():
+    ran = check("--backend", f"{WRONG}:HardMask", "--check", "mask.values", "--seed", 3, "--examples", 50)
+    assert (ran.returncode, ran.stderr) == (1, "")
+    assert "FAIL  mask.values" in ran.stdout
+    assert "M=1 queries" in ran.stdout  # shrunk
+    assert "memory 0: span" in ran.stdout
+    replay = next(line for line in ran.stdout.splitlines() if "replay: " in line).partition("replay: ")[2]
+    program, *arguments = replay.split()
+    assert program == "refspan"
+    again = run_module(*arguments)
+    assert again.returncode == 1
+    assert [x for x in again.stdout.splitlines() if "mask[" in x] == [
+        x for x in ran.stdout.splitlines() if "mask[" in x
+    ]
+
+
+def test_two_runs_are_alike_but_for_their_times():
+    def run():
+        lines = check("--backend", f"{WRONG}:NoScale", "--level", "attention", "--examples", 10).stdout.splitlines()
+        return [[word for word in line.split() if not word.replace(".", "").isdigit()] for line in lines]
+
+    assert run() == run()
+
+
+def test_what_is_not_offered_is_counted_apart():
+    ran = check("--backend", f"{FILE}:MaskOnly", "--examples", 2)
+    assert ran.returncode == 0
+    assert f"6 passed, 0 failed, {len(CHECKS) - 6} not offered" in ran.stdout
+    assert "----  attention.output" in ran.stdout
+
+
+def test_nothing_offered_of_what_was_asked_is_no_pass():
+    ran = check("--backend", f"{FILE}:MaskOnly", "--level", "gradient", "--examples", 2)
+    assert ran.returncode == 2
+
+
+def test_list():
+    ran = check("--list")
+    assert ran.returncode == 0
+    assert [line.split()[0] for line in ran.stdout.splitlines()] == CHECKS
+
+
+def test_json(tmp_path):
+    path = tmp_path / "report.json"
+    ran = check("--backend", f"{WRONG}:Epsilon", "--level", "attention", "--examples", 10, "--json", path)
+    assert ran.returncode == 1
+    tree = json.loads(path.read_text())
+    assert (tree["complete"], tree["conforms"]) == (True, False)
+    assert tree["facts"]["backend"] == "Epsilon"
+    by_id = {result["check"]: result for result in tree["results"]}
+    assert set(by_id) == {c for c in CHECKS if c.startswith("attention.")}
+    assert by_id["attention.output"]["status"] == "passed"
+    failure = by_id["attention.lone_survivor"]["failure"]
+    assert failure["replay"].startswith("refspan check --backend")
+    assert tree["summary"]["failed"] == sum(r["status"] == "failed" for r in tree["results"])
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--backend", "nobody"], "unknown backend 'nobody'; expected one of numpy, cupy, onnxruntime"),
+        (["--backend", "numpy", "--level", "masks"], "unknown level 'masks'; expected one of mask, attention"),
+        (["--backend", "numpy", "--check", "mask.x"], "unknown check 'mask.x'; `refspan check --list` lists them"),
+        (["--backend", "numpy", "--dtype", "int8"], "unknown dtype 'int8'; expected one of float16, float32, float64"),
+        (["--backend", "numpy", "--device", "cuda"], "backend 'numpy' has no option --device; leave it out"),
+        (["--backend", "numpy", "--json", "no/such/folder/r.json"], "--json: folder no/such/folder does not exist"),
+        (["--backend", "numpy", "--json", "."], "--json: . is a folder, expected a file to write"),
+        (["--backend", "missing.py:Thing"], "backend file missing.py: no such file"),
+        (["--backend", f"{FILE}:Nothing"], "has no attribute 'Nothing'"),
+        (["--backend", f"{FILE}:CannotStart"], "could not be loaded: RuntimeError: no licence found"),
+        (["--backend", f"{FILE}:OnlySingle", "--dtype", "float64"], "does not take dtype float64; it takes float32"),
+        (["--backend", "onnxruntime", "--form", "melted"], "form: got 'melted', expected one of fused, portable"),
+        (["--backend", "onnxruntime", "--device", "tpu"], "device: got 'tpu', expected one of cpu, cuda"),
+        (["--backend", "numpy", "--examples", "0"], "0 is not in the range x>=1"),
+        (["--backend", "numpy", "--seed", "x"], "'x' is not a valid integer"),
+        ([], "Missing option '--backend'"),
+    ],
+)
+def test_what_cannot_be_asked_is_said_in_one_line_with_status_2(arguments, said):
+    ran = check(*arguments)
+    assert ran.returncode == 2
+    assert "Traceback" not in ran.stderr
+    assert said in ran.stderr.splitlines()[-1]
+    assert ran.stdout == ""
+
+
+def test_cuda_without_a_gpu_says_what_is_missing():
+    onnxruntime = pytest.importorskip("onnxruntime")
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("there is one")
+    ran = check("--backend", "onnxruntime", "--device", "cuda")
+    assert ran.returncode == 2
+    assert 'pip install "refspan[gpu]"' in ran.stderr
+    assert len(ran.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("package", "backend"), [("onnxruntime", "onnxruntime"), ("cupy", "cupy")])
+def test_a_missing_package_names_the_extra(tmp_path, package, backend):
+    (tmp_path / f"{package}.py").write_text(f"raise ModuleNotFoundError('No module named {package}')")
+    ran = check("--backend", backend, PYTHONPATH=str(tmp_path))
+    assert ran.returncode == 2
+    assert "pip install" in ran.stderr
+    assert len(ran.stderr.splitlines()) == 1
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")
+def test_no_permission_to_write_the_report(tmp_path):
+    tmp_path.chmod(0o500)
+    ran = check("--backend", "numpy", "--json", tmp_path / "report.json")
+    assert ran.returncode == 2
+    assert "no permission to write into" in ran.stderr
+
+
+def test_a_report_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "report.json"
+    path.write_text("good")
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(path, "half")
+    assert path.read_text() == "good"
+    assert list(tmp_path.iterdir()) == [path]
+    monkeypatch.undo()
+    write_whole(path, "better")
+    assert path.read_text() == "better"
+
+
+def test_an_interrupted_run_is_marked_incomplete(tmp_path):
+    import signal
+    import time
+
+    path = tmp_path / "report.json"
+    command = [
+        sys.executable,
+        "-m",
+        "refspan",
+        "check",
+        "--backend",
+        "numpy",
+        "--examples",
+        "2000",
+        "--json",
+        str(path),
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("pass"):
+                break
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert out.splitlines()[-1].endswith("INCOMPLETE")
+    assert "Traceback" not in err
+    tree = json.loads(path.read_text())
+    assert (tree["complete"], tree["conforms"]) == (False, False)
+    assert tree["results"]
+
+
+def test_numbers_that_json_cannot_hold():
+    report = Report({"a": "b"})
+    report.results.append(Result("mask.values", "mask", ("MASK",), "p", "failed", float("inf"), 1, 0.1))
+    assert json.loads(report.to_json())["results"][0]["worst"] == "inf"
+
+
+def test_progress_bar_on_a_terminal_only(tmp_path):
+    pty, termios = pytest.importorskip("pty"), pytest.importorskip("termios")
+    leader, follower = pty.openpty()
+    termios.tcsetwinsize(follower, (24, 100))
+    command = [sys.executable, "-m", "refspan", "check", "--backend", "numpy", "--check", "mask.values"]
+    ran = subprocess.run(
+        [*command, "--examples", "30"], stdout=subprocess.PIPE, stderr=follower, cwd=tmp_path, check=True, timeout=60
+    )
+    os.write(follower, b"end")  # so that there is something to read even if no bar was drawn
+    shown = os.read(leader, 100_000).decode()
+    os.close(follower)
+    os.close(leader)
+    assert "mask.values" in shown
+    assert b"\r" not in ran.stdout
+
+
+def test_from_another_folder_with_a_relative_file(tmp_path):
+    backend = tmp_path / "mine.py"
+    backend.write_text(Path(FILE).parent.joinpath("wrong.py").read_text())
+    ran = check("--backend", "mine.py:Dense", "--level", "mask", "--examples", 2, cwd=tmp_path)
+    assert ran.returncode == 0
+    ran = check("--backend", "mine:Dense", "--level", "mask", "--examples", 2, cwd=tmp_path)
+    assert ran.returncode == 0
