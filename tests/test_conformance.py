@@ -49,33 +49,35 @@ def test_recorded_results_reject_wrong_backends(name):
     assert failures(check_backend(cls(), levels=("golden",)))
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-@pytest.mark.parametrize("seed", [0, 1])
+DTYPES = ["float16", "float32", "float64"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", [NumpyBackend, wrong.Dense])
-def test_right_backends_are_accepted(backend, dtype, seed):
-    assert failures(check_backend(backend(), dtype=dtype, seed=seed, examples=40)) == {}
+def test_right_backends_are_accepted(backend, dtype, seed_of_run, examples_of_run):
+    assert failures(check_backend(backend(), dtype=dtype, seed=seed_of_run, examples=examples_of_run)) == {}
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_plain_python_is_accepted(seed):
-    report = check_backend(loops.Loops(), seed=seed, examples=25)
+def test_plain_python_is_accepted(seed_of_run, examples_of_run):
+    report = check_backend(loops.Loops(), seed=seed_of_run, examples=examples_of_run)
     assert failures(report) == {}
     assert report.conforms
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_autograd_is_accepted(seed):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_autograd_is_accepted(dtype, seed_of_run, examples_of_run):
     pytest.importorskip("torch")
     from torch_backend import TorchBackend
 
-    assert failures(check_backend(TorchBackend(), seed=seed, examples=40)) == {}
+    assert failures(check_backend(TorchBackend(), dtype=dtype, seed=seed_of_run, examples=examples_of_run)) == {}
 
 
-@pytest.mark.parametrize("form", ["fused", "portable"])
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_onnxruntime_is_accepted(form, dtype):
+@pytest.mark.parametrize(
+    ("form", "dtype"), [("fused", "float16"), ("fused", "float32"), *(("portable", d) for d in DTYPES)]
+)
+def test_onnxruntime_is_accepted(form, dtype, seed_of_run, examples_of_run):
     backend = load_backend("onnxruntime", form=form)
-    assert failures(check_backend(backend, dtype=dtype, seed=1, examples=40)) == {}
+    assert failures(check_backend(backend, dtype=dtype, seed=seed_of_run, examples=examples_of_run)) == {}
 
 
 def test_every_check_says_what_it_checks():

@@ -1,5 +1,9 @@
 """Our ONNX graphs on ONNX Runtime as a backend."""
 
+from collections import Counter
+
+import numpy as np
+
 from refspan.export import DTYPES, AttentionRunner
 
 
@@ -10,16 +14,22 @@ class OnnxRuntimeBackend:
 
     def __init__(self, device: str = "cpu", form: str = "fused") -> None:
         self._runner = AttentionRunner(device=device, form=form)
-        self.dtypes = tuple(DTYPES[form]) if isinstance(DTYPES, dict) else tuple(DTYPES)
+        self.dtypes = tuple(dtype for dtype in DTYPES if dtype != "float64" or form == "portable")
         self.soft_mask = self._runner.soft_mask
         self.span_attention = self._runner.span_attention
         self.span_attention_backward = self._runner.span_attention_backward
 
     def facts(self) -> dict[str, str]:
-        """Version, device, execution providers and graph form."""
+        """Version, device, form of the graph, and which kernel and provider ran a first small step of it."""
+        ones = np.ones((1, 2, 8, 64), np.float32)
+        self._runner.span_attention(
+            ones, ones, ones, np.full((1, 8), 9, np.float32), np.arange(8, 0, -1)[None], ramp=1.0
+        )
+        nodes = Counter(self._runner.placement().values())
         return {
             "onnxruntime": self._runner.version,
             "device": self._runner.device,
-            "providers": ", ".join(self._runner.providers),
             "form": self._runner.form,
+            "provider": ", ".join(f"{provider} ({count} nodes)" for provider, count in nodes.items()),
+            "kernel": ", ".join(self._runner.kernel()),
         }
