@@ -11,15 +11,10 @@ All of it runs on NumPy, CuPy and any other array library that follows the array
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from refspan.attention import (
-    SCRATCH_BYTES,
-    AttentionGradients,
-    SavedAttention,
-    span_attention,
-    span_attention_backward,
-)
+from refspan.attention import AttentionGradients, SavedAttention, span_attention, span_attention_backward
 from refspan.clauses import CLAUSES
 from refspan.mask import soft_mask, soft_mask_backward
+from refspan.tiles import SCRATCH_BYTES
 
 __all__ = [
     "CLAUSES",

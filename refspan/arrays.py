@@ -90,7 +90,9 @@ def check_attention(
 ) -> None:
     """Check shapes and dtypes of the arguments of one attention step; the first that is wrong is named."""
     check_shape("query", query, ("B", "H", "M", "D"))
-    batch, heads, _, head_size = query.shape
+    batch, heads, queries, head_size = query.shape
+    if queries < 1 or head_size < 1:
+        raise ValueError(f"query: got shape {tuple(query.shape)}, expected M >= 1 queries of head size D >= 1")
     check_dtype(xp, "query", query, FLOATS)
     dtype = (str(query.dtype).rsplit(".", maxsplit=1)[-1],)
     check_shape("key", key, (batch, heads, "N", head_size))

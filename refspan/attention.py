@@ -8,7 +8,6 @@ Work is cut into tiles, some heads times some queries against all visible memori
 into `scratch_bytes`. Memories that no query of the block sees never enter a tile.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from math import sqrt
 from typing import Any, NamedTuple
@@ -25,18 +24,8 @@ from refspan.arrays import (
 )
 from refspan.mask import distance_of, grad_span_of, mask_at
 from refspan.position import position_scores, position_scores_backward
+from refspan.tiles import SCRATCH_BYTES, tiles
 from refspan.visibility import Visibility, visibility
-
-SCRATCH_BYTES = 32 * 2**20
-"""Default for the largest sum of arrays with a memory axis and a query axis alive at once, in bytes.
-
-One query of one head is the smallest tile, so the limit holds while five rows of N numbers fit into it. Beside it, each
-tile keeps a copy of its heads' visible keys and values when some memories are dead (gradients of them in backward).
-"""
-
-
-SMALL_TILE = 2**19
-"""Numbers in an array of a tile up to which heads are worked on together."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +107,7 @@ def span_attention(
     for b in range(batch):
         row = _Row.of(xp, span[b, :], age[b, :], queries, ramp, position, dtype)
         ones = xp.ones((row.seen.visible, 1), **new)  # a product with it is a sum over memories   [n, 1]
-        for h, block in _tiles(heads, queries, row.seen.visible, numbers):
+        for h, block in tiles(heads, queries, row.seen.visible, numbers):
             k, v = row.visible(key[b, h, :, :]), row.visible(value[b, h, :, :])  # [h, n, D]
             for m in block:
                 scores, mask = row.scores(query[b, h, m, :], k, m)  # [h, m, n], [m, partial]
@@ -127,7 +116,7 @@ def span_attention(
                 scores -= peak
                 weights = exp_in_place(xp, scores)  # exp(s - peak)   [h, m, n]
                 if mask is not None:
-                    weights[..., row.seen.partial] *= mask
+                    weights[..., row.seen.partial] *= xp.astype(mask, dtype, copy=False)
                 total = weights @ ones  # [h, m, 1]
                 total = xp.where(total == 0, xp.ones_like(total), total)  # EMPTY: 0 / 1
                 output[b, h, m, :] = (weights @ v) / total  # [h, m, D]
@@ -188,7 +177,7 @@ def span_attention_backward(grad_output: Array, saved: SavedAttention) -> Attent
         row = _Row.of(xp, saved.span[b, :], saved.age[b, :], queries, saved.ramp, position, dtype)
         near, partial = row.seen.near, row.seen.partial
         grad_s = xp.zeros((partial.stop - partial.start,), **new)  # of the partial memories' spans
-        for h, block in _tiles(heads, queries, row.seen.visible, numbers):
+        for h, block in tiles(heads, queries, row.seen.visible, numbers):
             k, v = row.visible(key[b, h, :, :]), row.visible(value[b, h, :, :])  # [h, n, D]
             grad_k, grad_v = xp.zeros_like(k), xp.zeros_like(v)
             for m in block:
@@ -197,7 +186,7 @@ def span_attention_backward(grad_output: Array, saved: SavedAttention) -> Attent
                 weights = exp_in_place(xp, scores)  # w = Z a, but for the mask   [h, m, n]
                 if mask is not None:
                     unmasked = xp.asarray(weights[..., partial], copy=True)  # [h, m, partial]
-                    weights[..., partial] *= mask
+                    weights[..., partial] *= xp.astype(mask, dtype, copy=False)
 
                 g = xp.astype(grad_output[b, h, m, :], dtype) / saved.total[b, h, m, :]  # g / Z   [h, m, D]
                 grad_v += xp.matrix_transpose(weights) @ g  # [h, n, D]
@@ -278,25 +267,9 @@ class _Row:
         if partial.start == partial.stop:
             return scores, None
         distance = distance_of(xp, age[partial], m.stop - m.start)  # [m, partial]
-        mask = xp.astype(mask_at(xp, self.span[partial], distance, self.ramp), self.dtype)
+        mask = mask_at(xp, self.span[partial], distance, self.ramp)
         scores[..., partial] = xp.where(mask > 0, scores[..., partial], -xp.inf)
         return scores, mask
-
-
-def _tiles(heads: int, queries: int, memories: int, numbers: int) -> Iterator[tuple[slice, list[slice]]]:
-    """Cut heads x queries into tiles with heads * queries * memories <= `numbers`, one row at least.
-
-    Yields heads and, for these, the queries of each tile. No tiles at all if there are no memories. Heads share a tile
-    only while it is small: a larger one costs no fewer calls worth mentioning, but leaves the processor's cache.
-    """
-    if memories == 0:
-        return
-    rows = max(1, numbers // memories)
-    h = max(1, min(heads, min(rows, SMALL_TILE // memories) // queries))
-    m = min(queries, rows)
-    blocks = [slice(start, min(start + m, queries)) for start in range(0, queries, m)]
-    for start in range(0, heads, h):
-        yield slice(start, min(start + h, heads)), blocks
 
 
 def _namespace(query: Array, key: Array, value: Array, span: Array, age: Array, position: Array | None) -> Any:

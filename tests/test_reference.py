@@ -294,6 +294,8 @@ BASE = arguments_with()
     [
         ({"query": BASE["query"].astype(int)}, TypeError, "query: got int64, expected float16, float32 or float64"),
         ({"query": BASE["query"][0]}, ValueError, r"query: got shape \(3, 5, 4\), expected \(B, H, M, D\)"),
+        ({"query": BASE["query"][:, :, :0]}, ValueError, r"query: got shape \(2, 3, 0, 4\), expected M >= 1 queries"),
+        ({"query": BASE["query"][..., :0]}, ValueError, r"query: got shape .* of head size D >= 1"),
         ({"query": BASE["query"].tolist()}, TypeError, "query: got list, expected an array"),
         ({"key": BASE["key"][:, :2]}, ValueError, r"key: got shape \(2, 2, 11, 4\), expected \(2, 3, N, 4\)"),
         ({"key": BASE["key"].astype(np.float64)}, TypeError, "key: got float64, expected float32"),
