@@ -1,11 +1,8 @@
 """What a run found out: one object, from which every form of report is made."""
 
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 Status = Literal["passed", "failed", "not offered"]
@@ -97,24 +94,3 @@ def _finite(tree: Any) -> Any:
     if isinstance(tree, float) and (tree != tree or tree in (float("inf"), float("-inf"))):
         return str(tree)
     return tree
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write `text` to `path` so that the file is either the old one or all of the new one, whatever happens.
-
-    Raises:
-        OSError: it could not be written; an existing file is as it was.
-    """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(name).chmod(0o666 & ~umask)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

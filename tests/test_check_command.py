@@ -10,8 +10,10 @@ import misbehaving
 import pytest
 import wrong
 
-from refspan.conformance.report import Report, Result, write_whole
+from refspan.conformance.report import Report, Result
 from refspan.conformance.runner import select
+from refspan.errors import SetupError
+from refspan.files import write_whole
 
 FILE = misbehaving.__file__
 WRONG = wrong.__file__
@@ -114,8 +116,8 @@ def test_json(tmp_path):
         (["--backend", "numpy", "--check", "mask.x"], "unknown check 'mask.x'; `refspan check --list` lists them"),
         (["--backend", "numpy", "--dtype", "int8"], "unknown dtype 'int8'; expected one of float16, float32, float64"),
         (["--backend", "numpy", "--device", "cuda"], "backend 'numpy' has no option --device; leave it out"),
-        (["--backend", "numpy", "--json", "no/such/folder/r.json"], "--json: folder no/such/folder does not exist"),
-        (["--backend", "numpy", "--json", "."], "--json: . is a folder, expected a file to write"),
+        (["--backend", "numpy", "--json", "no/such/folder/r.json"], "no/such/folder/r.json: folder "),
+        (["--backend", "numpy", "--json", "."], ".: is a folder, expected a file to write"),
         (["--backend", "missing.py:Thing"], "backend file missing.py: no such file"),
         (["--backend", f"{FILE}:Nothing"], "has no attribute 'Nothing'"),
         (["--backend", f"{FILE}:CannotStart"], "could not be loaded: RuntimeError: no licence found"),
@@ -170,12 +172,12 @@ def test_a_report_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        write_whole(path, "half")
+    with pytest.raises(SetupError, match="No space left"):
+        write_whole(path, b"half")
     assert path.read_text() == "good"
     assert list(tmp_path.iterdir()) == [path]
     monkeypatch.undo()
-    write_whole(path, "better")
+    write_whole(path, b"better")
     assert path.read_text() == "better"
 
 

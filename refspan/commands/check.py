@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from refspan.errors import SetupError
+from refspan.files import check_writable, write_whole
 
 DEFAULT_EXAMPLES = 100
 
@@ -55,7 +56,7 @@ def command(
     Exit status: 0 the backend conforms, 1 it does not, 2 it could not be asked.
     """
     from refspan.conformance.loading import load_backend
-    from refspan.conformance.report import Report, write_whole
+    from refspan.conformance.report import Report
     from refspan.conformance.runner import DTYPES, facts_of_run, run, select
     from refspan.conformance.sessions import Worker
 
@@ -69,7 +70,7 @@ def command(
     if dtype not in DTYPES:
         raise SetupError(f"unknown dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
     if json_path is not None:
-        _check_writable("--json", json_path)
+        check_writable(json_path)
 
     session = Worker(partial(load_backend, backend_name, device=device, form=form), timeout=timeout)
     if session.dtypes and dtype not in session.dtypes:
@@ -92,7 +93,7 @@ def command(
     finally:
         session.close()
         if json_path is not None:
-            write_whole(json_path, report.to_json())
+            write_whole(json_path, report.to_json().encode())
     click.echo(report.summary())
     if interrupted:
         return 130
@@ -124,15 +125,3 @@ def _run(run: Any, session: Any, checks: Any, report: Any, *, examples: int, **o
                 lines += [f"      replay: {result.failure.replay}"]
             for line in lines:
                 bar.write(line)
-
-
-def _check_writable(option: str, path: Path) -> None:
-    """Fail before the work is done rather than after it, if the report cannot be written."""
-    import os
-
-    if path.is_dir():
-        raise SetupError(f"{option}: {path} is a folder, expected a file to write")
-    if not path.parent.is_dir():
-        raise SetupError(f"{option}: folder {path.parent} does not exist")
-    if not os.access(path.parent, os.W_OK):
-        raise SetupError(f"{option}: no permission to write into {path.parent}")

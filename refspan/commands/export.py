@@ -1,12 +1,11 @@
 """`refspan export`: write an ONNX graph of the attention step or of its gradient."""
 
-import os
-import tempfile
 from pathlib import Path
 
 import click
 
 from refspan.errors import SetupError
+from refspan.files import write_whole
 
 
 @click.command()
@@ -45,7 +44,7 @@ def command(graph: str, out: Path, form: str | None, dtype: str, opset: int | No
     else:
         model = attention_model(form or "fused", dtype, position=position, opset=opset)
     content = model.SerializeToString()
-    _write(out, content)
+    write_whole(out, content)
 
     label = {entry.key: entry.value for entry in model.metadata_props}
     what = f"{graph}, {label['form']}" if "form" in label else graph
@@ -53,25 +52,3 @@ def command(graph: str, out: Path, form: str | None, dtype: str, opset: int | No
     click.echo(f"{out}: {what}, {dtype}, opset {label['opset']}, {with_position} positions, {len(content):,} bytes")
     inputs, outputs = (", ".join(value.name for value in values) for values in (model.graph.input, model.graph.output))
     click.echo(f"{inputs} -> {outputs}")
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: beside it first, then in one step to its place."""
-    temporary = None
-    try:
-        target = path.resolve()  # what a link points to is written, the link stays
-        if target.exists() and not target.is_file():
-            raise SetupError(f"{path}: cannot be written: not a regular file")
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        temporary = Path(name)
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # as if the file had been opened for writing; mkstemp gives 0600
-        temporary.replace(target)
-    except OSError as error:
-        raise SetupError(f"{path}: cannot be written: {error.strerror}") from None
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
