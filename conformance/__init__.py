@@ -8,7 +8,7 @@ assert report.conforms, report.summary()
 
 from typing import TYPE_CHECKING, Any
 
-from refspan.conformance.protocol import Backend, Stream
+from refspan.conformance.protocol import EXAMPLES, TIMEOUT, Backend, Stream
 
 if TYPE_CHECKING:
     from refspan.conformance.report import Report
@@ -30,8 +30,8 @@ def check_backend(
     checks: tuple[str, ...] = (),
     dtype: str = "float32",
     seed: int = 0,
-    examples: int = 100,
-    timeout: float = 10.0,
+    examples: int = EXAMPLES,
+    timeout: float = TIMEOUT,
 ) -> "Report":
     """Run checks against a backend in this process, all of them unless `levels` or `checks` (ids) are given.
 
@@ -48,6 +48,11 @@ def check_backend(
 
     if dtype not in DTYPES:
         raise SetupError(f"unknown dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
+    taken = getattr(backend, "dtypes", ()) or DTYPES
+    if dtype not in taken:
+        raise SetupError(f"backend {backend.name!r} does not take dtype {dtype}; it takes {', '.join(taken)}")
+    if examples < 1:
+        raise SetupError(f"examples: got {examples}, expected at least 1")
     selected = select(levels, checks)
     session = InProcess(backend, timeout=timeout)
     report = Report(facts_of_run(session, dtype=dtype, seed=seed, examples=examples))

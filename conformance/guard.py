@@ -23,6 +23,11 @@ class NotOffered(Exception):
     """The backend lacks this operation."""
 
 
+def one_line(text: Any) -> str:
+    """Somebody else's words on one line of a terminal: no line breaks, no control characters, not too many."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))[:300]
+
+
 class Shapes(dict[str, tuple[tuple[int, ...], str]]):
     """What a result must look like: name -> (shape, dtype). The name "" stands for a result that is one array."""
 
@@ -49,14 +54,12 @@ def guarded_call(
         try:
             positional = [value for name, value in handed.items() if name not in KEYWORDS]
             result = function(*positional, **{name: value for name, value in handed.items() if name in KEYWORDS})
-        except NotImplementedError as error:
-            raise NotOffered(f"{operation}: {error}" if str(error) else operation) from None
         except MemoryError:
             raise Misbehaviour(f"{operation} ran out of memory") from None
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever it is, the backend did it
-            text = " ".join(str(error).split())
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the backend did it
+            text = one_line(error)
             hint = " (arguments are handed over read-only)" if "read-only" in text else ""
-            raise Misbehaviour(f"{operation} raised {type(error).__name__}: {text[:300]}{hint}") from None
+            raise Misbehaviour(f"{operation} raised {type(error).__name__}: {text}{hint}") from None
         results.append(_checked(operation, result, expected, handed))
         for name, value in arguments.items():
             if isinstance(value, np.ndarray) and handed[name].tobytes() != value.tobytes():
@@ -93,7 +96,7 @@ def _checked(operation: str, result: Any, expected: Shapes, handed: Mapping[str,
 
 
 def _checked_array(where: str, array: Any, shape: tuple[int, ...], dtype: str, handed: Mapping[str, Any]) -> Array:
-    if not isinstance(array, np.ndarray):
+    if not isinstance(array, np.ndarray) or isinstance(array, np.ma.MaskedArray):
         raise Misbehaviour(f"{where} {type(array).__name__}, expected a NumPy array")
     if array.shape != shape:
         raise Misbehaviour(f"{where} shape {array.shape}, expected {shape}")

@@ -40,7 +40,7 @@ def load_backend(text: str, **options: Any) -> Backend:
         takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
         unknown = [name for name in given if name not in known and not takes_any]
         if not unknown:
-            found = found(**given)
+            found = _made(found, given, text)
     else:
         unknown = list(given)
     if unknown:
@@ -48,6 +48,14 @@ def load_backend(text: str, **options: Any) -> Backend:
     if not any(getattr(found, operation, None) is not None for operation in OPERATIONS):
         raise SetupError(f"backend {text!r} offers no operation; expected one of {', '.join(OPERATIONS)}")
     return found  # type: ignore[no-any-return]
+
+
+def _made(factory: Any, options: dict[str, Any], text: str) -> Any:
+    try:
+        inspect.signature(factory).bind(**options)
+    except TypeError as error:
+        raise SetupError(f"backend {text!r} cannot be made without arguments: {error}") from None
+    return factory(**options)
 
 
 def _find(text: str) -> Any:

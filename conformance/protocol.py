@@ -1,8 +1,8 @@
 """What a backend offers: the seam that other people's implementations plug into.
 
 Arrays in and out are NumPy. An operation that a backend lacks (missing, or None) is not offered: it is reported as
-such and never counted as passed. Results have the dtype of `query` (of `span` for masks and span gradients), and
-neither alias nor change the arguments.
+such and never counted as passed. The ages of one row are distinct, and spans lie in 0..max_span. Results have the
+dtype of `query` (of `span` for masks and span gradients), and neither alias nor change the arguments.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,6 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
+
+EXAMPLES = 100
+"""Cases per check, unless said otherwise."""
+TIMEOUT = 10.0
+"""Seconds that one answer may take, unless said otherwise."""
 
 OPERATIONS = ("soft_mask", "span_attention", "span_attention_backward", "open_model")
 

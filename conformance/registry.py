@@ -31,6 +31,8 @@ class Check:
     cases: Callable[[np.dtype], SearchStrategy[Any] | Sequence[Any]]
     """Given the dtype of the run: a strategy to draw cases from, or all the cases there are."""
     body: Callable[["Probe", Any], None]
+    cost: int = 1
+    """How many times as long as usual one case takes; the check gets as many times fewer examples."""
 
     @property
     def level(self) -> str:
@@ -48,6 +50,7 @@ def check(
     clauses: Sequence[str],
     needs: Sequence[str],
     cases: Callable[[np.dtype], SearchStrategy[Any] | Sequence[Any]],
+    cost: int = 1,
 ) -> Callable[[Callable[["Probe", Any], None]], Callable[["Probe", Any], None]]:
     """Register the decorated function as the body of a check; its docstring says what it checks."""
 
@@ -55,7 +58,7 @@ def check(
         unknown = [clause for clause in clauses if clause not in CLAUSES]
         if unknown or id in CHECKS or id.partition(".")[0] not in LEVELS or not body.__doc__:
             raise ValueError(f"check {id!r} is registered twice, has no docstring or cites unknown clauses {unknown}")
-        CHECKS[id] = Check(id, tuple(clauses), body.__doc__.strip(), tuple(needs), cases, body)
+        CHECKS[id] = Check(id, tuple(clauses), body.__doc__.strip(), tuple(needs), cases, body, cost)
         return body
 
     return register
@@ -90,7 +93,7 @@ class Probe:
         return self._session.call("span_attention_backward", calls, shapes)
 
     def compare(self, what: str, got: Array, expected: Expected) -> None:
-        """Fail unless `got` is within the bound everywhere that the bound decides anything.
+        """Fail unless `got` is within the bound everywhere that the bound decides anything, and nowhere NaN.
 
         Raises:
             Misbehaviour: where it is furthest off, what it is and what it should be.
@@ -102,7 +105,7 @@ class Probe:
         with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
             error = np.abs(wide - value)
             ratio = np.where(error == 0, 0.0, error / bound)
-        ratio = np.where(np.isinf(bound), 0.0, np.where(np.isnan(ratio), np.inf, ratio))
+        ratio = np.where(np.isinf(bound) & ~np.isnan(wide), 0.0, np.where(np.isnan(ratio), np.inf, ratio))
         at = np.unravel_index(np.argmax(ratio), ratio.shape)
         self.worst = max(self.worst, float(ratio[at]))
         if ratio[at] > 1:

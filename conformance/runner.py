@@ -3,6 +3,7 @@
 import platform
 import shlex
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -10,17 +11,16 @@ from typing import Any
 import hypothesis
 import numpy as np
 from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis.errors import Flaky
+from hypothesis.errors import Flaky, HypothesisWarning
 
 import refspan
 from refspan.conformance.guard import Misbehaviour, NotOffered
+from refspan.conformance.protocol import EXAMPLES
 from refspan.conformance.registry import CHECKS, LEVELS, Check, Probe
-from refspan.conformance.report import Failure, Report, Result
+from refspan.conformance.report import Failure, Report, Result, Status
 from refspan.conformance.sessions import Hung, Session
 from refspan.errors import SetupError
 
-EXAMPLES = 100
-TIMEOUT = 10.0
 DTYPES = ("float16", "float32", "float64")
 
 
@@ -115,7 +115,8 @@ def _run_one(
             raise
 
     start = time.perf_counter()
-    status, note = "passed", ""
+    status: Status = "passed"
+    note = ""
     try:
         _ask_all(check, dtype, seed, examples, ask)
     except NotOffered:
@@ -127,21 +128,12 @@ def _run_one(
     seconds = time.perf_counter() - start
 
     failure = None
-    found = lost or shrunk
-    if status == "failed" and found is not None:
-        case, error = found
-        failure = Failure(f"{error}{note}", tuple(case.describe()), replay)
-    return Result(
-        check.id,
-        check.level,
-        check.clauses,
-        check.purpose,
-        "failed" if failure else "passed",
-        probe.worst,
-        asked,
-        seconds,
-        failure,
-    )
+    if status == "failed":
+        found = lost or shrunk
+        message = str(found[1]) if found else "the check could not be finished"
+        failure = Failure(f"{message}{note}", tuple(found[0].describe()) if found else (), replay)
+    worst = probe.worst
+    return Result(check.id, check.level, check.clauses, check.purpose, status, worst, asked, seconds, failure)
 
 
 def _ask_all(check: Check, dtype: np.dtype, seed: int, examples: int, ask: Callable[[Any], None]) -> None:
@@ -151,7 +143,7 @@ def _ask_all(check: Check, dtype: np.dtype, seed: int, examples: int, ask: Calla
             ask(case)
         return
     decorate = settings(
-        max_examples=examples,
+        max_examples=max(1, examples // check.cost),
         database=None,
         deadline=None,
         derandomize=False,
@@ -161,4 +153,6 @@ def _ask_all(check: Check, dtype: np.dtype, seed: int, examples: int, ask: Calla
         print_blob=False,
     )
     own_seed = zlib.crc32(f"{seed} {check.id} {dtype}".encode())
-    hypothesis.seed(own_seed)(decorate(given(cases)(ask)))()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", HypothesisWarning)  # about the size of cases, which we describe ourselves
+        hypothesis.seed(own_seed)(decorate(given(cases)(ask)))()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
-from refspan.conformance.guard import Misbehaviour, NotOffered, Shapes, guarded_call
+from refspan.conformance.guard import Misbehaviour, NotOffered, Shapes, guarded_call, one_line
 from refspan.errors import SetupError
 
 
@@ -37,13 +37,14 @@ def facts_of(backend: Any) -> dict[str, str]:
     facts = {"backend": str(getattr(backend, "name", type(backend).__name__))}
     describe = getattr(backend, "facts", None)
     if callable(describe):
-        facts.update({str(name): str(value) for name, value in describe().items()})
+        facts.update({one_line(name): one_line(value) for name, value in dict(describe() or {}).items()})
     return facts
 
 
 def dtypes_of(backend: Any) -> tuple[str, ...]:
     """The optional attribute `dtypes` of a backend."""
-    return tuple(str(dtype) for dtype in getattr(backend, "dtypes", ()))
+    dtypes = getattr(backend, "dtypes", ())
+    return (dtypes,) if isinstance(dtypes, str) else tuple(str(dtype) for dtype in dtypes)
 
 
 class InProcess:
@@ -84,12 +85,15 @@ class Worker:
     def __init__(self, load: Callable[[], Any], *, timeout: float) -> None:
         """`load` must be picklable; it is called in the other process."""
         self._load, self._timeout = load, timeout
+        self._gone = ""
+        """Why there is no process any more, if so."""
         self._start()
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_work, args=(theirs, self._load), daemon=True)
+        # no daemon: a daemon may not have processes of its own, and a backend may want some
+        self._process = context.Process(target=_work, args=(theirs, self._load))
         self._process.start()
         theirs.close()
         kind, answer = self._answer("loading the backend", self.START_SECONDS)
@@ -102,15 +106,24 @@ class Worker:
 
     def call(self, operation: str, calls: Sequence[Mapping[str, Any]], shapes: Sequence[Shapes]) -> list[Any]:
         """As `Session.call`."""
+        if self._gone:
+            raise Hung(self._gone)
         try:
             self._pipe.send((operation, calls, shapes))
             kind, answer = self._answer(operation, self._timeout)
-        except BrokenPipeError:
+        except OSError:
             kind, answer = "hung", f"the backend's process ended before {operation} could be asked"
         if kind == "hung":
             self.close()
-            self._start()
+            self._restart()
         return _unpack(kind, answer)
+
+    def _restart(self) -> None:
+        """Start anew for the next call. If that fails, every later call is told so."""
+        try:
+            self._start()
+        except SetupError as error:
+            self._gone = f"the backend's process ended and could not be started again: {error}"
 
     def _answer(self, what: str, seconds: float) -> tuple[str, Any]:
         try:
@@ -168,9 +181,8 @@ def _work(pipe: Connection, load: Callable[[], Any]) -> None:
     except SetupError as error:
         pipe.send(("setup", str(error)))
         return
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever it is, the backend did it
-        text = " ".join(str(error).split())
-        pipe.send(("setup", f"the backend could not be loaded: {type(error).__name__}: {text[:300]}"))
+    except BaseException as error:  # noqa: BLE001 - whatever it is, the backend did it
+        pipe.send(("setup", f"the backend could not be loaded: {type(error).__name__}: {one_line(error)}"))
         return
     pipe.send(("ready", said))
     try:

@@ -31,10 +31,13 @@ SIZES = sorted(
 )
 """(B, H, M, N, D), smallest first."""
 
+TILE_SIZES: list[Sizes] = [(2, 3, 33, 129, 16), (1, 9, 17, 65, 40), (5, 1, 20, 257, 64), (4, 2, 65, 34, 24)]
+"""One more than the tiles that kernels are cut into, along one axis and another."""
+
 RAMPS = (1.0, 2.0, 16.0, 128.0, 4096.0, 0.5, 0.25, 3.0, 2.5, 0.3, 7.7, 100.0)
 """Binary, fractional, larger and smaller than any block; some make rounding visible."""
 
-AGES = ("stream", "past", "gaps", "shuffled", "old")
+AGES = ("stream", "past", "gaps", "shuffled", "old", "beyond")
 """How one row's ages are laid out, see `_ages`."""
 
 FATES = (
@@ -53,6 +56,10 @@ FATES = (
 """What a memory is about to do, as seen by one query of the block, see `_span`."""
 
 CONTENTS = ("small integers", "normal", "large logits")
+
+
+MOST_DRAWN = 16
+"""Memories of a row whose fates are drawn, and shrunk, one by one."""
 
 
 @st.composite
@@ -78,10 +85,14 @@ def memories(
     for b in range(batch):
         layout = draw(st.sampled_from(ages))
         age[b] = _ages(rng, layout, queries, slots, widest)
-        row = draw(st.lists(st.sampled_from(fates), min_size=slots, max_size=slots))
+        if slots <= MOST_DRAWN:
+            row = draw(st.lists(st.sampled_from(fates), min_size=slots, max_size=slots))
+        else:
+            row = list(rng.choice(fates, slots))
         for i, fate in enumerate(row):
             span[b, i] = _span(rng, fate, int(age[b, i]), queries, ramp, span_dtype)
-        notes.append(f"row {b}: {layout} ages, {', '.join(row) or 'no memory'}")
+        said = ", ".join(row[:MOST_DRAWN]) or "no memory"
+        notes.append(f"row {b}: {layout} ages, {said}{', ..' * (slots > MOST_DRAWN)}")
     return Memories(span, age, ramp, queries, tuple(notes))
 
 
@@ -95,6 +106,9 @@ def _ages(rng: np.random.Generator, layout: str, queries: int, slots: int, wides
         ages = 1 + rng.choice(widest, size=slots, replace=False)
         ages[: min(slots, 2)] = (1, widest)[: min(slots, 2)]
         return np.sort(ages)[::-1]
+    if layout == "beyond":  # what wraps around in 16 or 32 bits would come out as recent as the others are
+        recent = np.arange(slots, 0, -1)
+        return np.asarray(recent + rng.choice([0, 2**15, 2**16, 2**17, 2**32], size=slots))
     ages = np.sort(rng.choice(np.arange(1 - queries, 3 * slots + 2), size=slots, replace=False))[::-1]
     return rng.permutation(ages) if layout == "shuffled" else ages
 
@@ -140,7 +154,8 @@ def attention_cases(
     style = draw(st.sampled_from(contents))
     with_position = draw(st.booleans()) if position is None else position
     rng = np.random.default_rng(draw(st.integers(0, 2**16)))
-    positions = int(rng.choice([p for p in (1, 2, 5, 10) if p not in (queries, slots, head_size) or p == 1]))
+    reach = (1, 2, 5, 10) if slots <= MOST_DRAWN else (70, 130)
+    positions = int(rng.choice([p for p in reach if p not in (queries, slots, head_size) or p == 1]))
 
     def fill(*shape: int) -> Array:
         if style == "small integers":

@@ -212,32 +212,38 @@ class AttentionBounds:
             "query": np.einsum("bhmn,bhmnd->bhmd", per_query, np.broadcast_to(keys, (*a.shape, head_size))) * scale,
             "key": np.einsum("bhmn,bhmd->bhnd", per_key, np.abs(q)) * scale,
             "value": np.einsum("bhmn,bhmd->bhnd", a_error + u * (queries + 4) * a, np.abs(g)),
-            "span": self._span_bound(gap, gap_error),
         }
         if self.near is not None:
             per_position = grad_s_error + u * (2 * batch * heads * queries + 8) * grad_s
             bounds["position"] = np.einsum("bhmn,bmnp,bhmd->pd", per_position, self.near, np.abs(q)) * scale
+        freedom, bounds["span"] = self._span_freedom_and_bound(grad_a - c, gap_error)
         expected = {}
         for name, bound in bounds.items():
             slack = bound + np.where(bound > 0, tiny * (memories + queries), 0)
-            expected[name] = self._finish(getattr(exact, name), slack)
+            value = getattr(exact, name) + (freedom if name == "span" else 0)
+            expected[name] = self._finish(value, slack)
         return expected
 
-    def _span_bound(self, gap: Array, gap_error: Array) -> Array:
-        """Bound of de_i = sum_t 1[on ramp] / R sum_heads (exp(s_ti) / Z_t) (da_ti - c_t)."""
+    def _span_freedom_and_bound(self, signed_gap: Array, gap_error: Array) -> tuple[Array, Array]:
+        """Bound of de_i = sum_t 1[on ramp] / R sum_heads (exp(s_ti) / Z_t) (da_ti - c_t).
+
+        A query at a kink may add all of its term, nothing, or anything between. So expect half of it, that half being
+        the freedom, and allow the other half.
+        """
         u, tiny, ramp = self.arithmetic.u, self.arithmetic.tiny, self.case.memories.ramp
         _, heads, queries, _, _ = self.case.sizes
-        interval, share = self.interval, self.unmasked
+        interval, share, gap = self.interval, self.unmasked, np.abs(signed_gap)
         share_error = share * (self.eta + self.all_moved) * self.growth
         error = share_error * (gap + gap_error) + share * gap_error + (8 + heads + queries) * u * share * gap
-        whole = np.sum(share * gap, axis=1)  # [B, M, N]
-        error = np.sum(error, axis=1) + tiny
+        term, error = np.sum(share * signed_gap, axis=1), np.sum(error, axis=1) + tiny  # [B, M, N]
         # an exact kink in a query with no live memory passes no gradient, whatever the two sides say
         empty = np.all(interval.high == 0, axis=-1, keepdims=True)
-        error, whole = (np.where(empty, 0, np.where(np.isnan(x), np.inf, x)) for x in (error, whole))
+        error = np.where(empty, 0, np.where(np.isfinite(error) & np.isfinite(term), error, np.inf))
+        half = np.where(empty | ~np.isfinite(term), 0, term / 2)
         on_ramp = (interval.exact > 0) & (interval.exact < 1)
-        per_query = np.where(interval.kink, whole + error, np.where(on_ramp, error, 0))
-        return np.asarray(np.sum(per_query, axis=1) / ramp)  # [B, N]
+        freedom = np.where(interval.kink, np.where(on_ramp, -half, half), 0)
+        bound = np.where(interval.kink, np.abs(half) + error, np.where(on_ramp, error, 0))
+        return np.sum(freedom, axis=1) / ramp, np.sum(bound, axis=1) / ramp  # [B, N]
 
     def _finish(self, value: Array, bound: Array) -> Expected:
         """Rounding of the result itself; results that the dtype cannot hold decide nothing."""

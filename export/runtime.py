@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from refspan.arrays import check_attention, check_dtype, check_ramp, check_shape, check_spans, namespace_of
+from refspan.arrays import check_attention, check_count, check_dtype, check_ramp, check_shape, check_spans, namespace_of
 from refspan.errors import SetupError
 from refspan.export.models import FORMS, attention_model, gradient_model, mask_model
 from refspan.export.session import captured_log, check_device, kernels_in, load_onnxruntime, make_session, placement_of
@@ -102,8 +102,7 @@ class AttentionRunner:
         namespace_of(span=span, age=age)
         ramp = check_ramp(ramp)
         check_spans(np, span, age)
-        if queries < 1:
-            raise ValueError(f"queries: got {queries}, expected at least 1")
+        queries = check_count("queries", queries)
         batch, memories = span.shape
         mask = np.zeros((batch, queries, memories), span.dtype)
         if mask.size == 0:

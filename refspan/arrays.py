@@ -5,12 +5,16 @@ library and on one device, and returns arrays of that kind.
 """
 
 import math
+from operator import index
 from typing import Any, TypeAlias
 
 from array_api_compat import array_namespace, device, is_cupy_namespace, is_numpy_namespace
 
 Array: TypeAlias = Any
 """An array of any library that follows the array API standard."""
+
+SHORTEST_RAMP = 1e-30
+"""Below it, span / ramp would overflow in float32. A ramp of 1e-30 steps is no ramp already."""
 
 
 def namespace_of(**arrays: Array) -> Any:
@@ -60,14 +64,27 @@ def check_dtype(xp: Any, name: str, array: Array, expected: tuple[str, ...]) -> 
         raise TypeError(f"{name}: got {array.dtype}, expected {wanted}")
 
 
+def check_count(name: str, count: int) -> int:
+    """`count` as an int; raises TypeError or ValueError unless it is a whole number >= 1."""
+    try:
+        value = index(count)
+    except TypeError:
+        raise TypeError(f"{name}: got {count!r}, expected a whole number >= 1") from None
+    if value < 1:
+        raise ValueError(f"{name}: got {value}, expected at least 1")
+    return value
+
+
 def check_ramp(ramp: float) -> float:
     """The ramp length R as a float; raises TypeError or ValueError unless it is a finite number > 0."""
+    if isinstance(ramp, str | bytes | bool):
+        raise TypeError(f"ramp: got {ramp!r}, expected a number of steps > 0")
     try:
         value = float(ramp)
     except (TypeError, ValueError):
         raise TypeError(f"ramp: got {ramp!r}, expected a number of steps > 0") from None
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"ramp: got {value:g}, expected a finite number of steps > 0")
+    if not (math.isfinite(value) and value >= SHORTEST_RAMP):
+        raise ValueError(f"ramp: got {value:g}, expected a finite number of steps > 0 (at least {SHORTEST_RAMP:g})")
     return value
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from refspan.arrays import (
     Array,
     check_attention,
+    check_count,
     check_dtype,
     check_ramp,
     check_shape,
@@ -94,8 +95,7 @@ def span_attention(
     xp = _namespace(query, key, value, span, age, position)
     ramp = check_ramp(ramp)
     check_attention(xp, query, key, value, span, age, position)
-    if scratch_bytes < 1:
-        raise ValueError(f"scratch_bytes: got {scratch_bytes}, expected at least 1")
+    scratch_bytes = check_count("scratch_bytes", scratch_bytes)
     batch, heads, queries, head_size = query.shape
     dtype = xp.result_type(query.dtype, xp.float32)
     new = {"dtype": dtype, "device": device_of(query)}

@@ -11,7 +11,16 @@ A memory keeps its full weight for `span` steps, then fades linearly over `ramp`
 
 from typing import Any
 
-from refspan.arrays import Array, check_dtype, check_ramp, check_shape, check_spans, device_of, namespace_of
+from refspan.arrays import (
+    Array,
+    check_count,
+    check_dtype,
+    check_ramp,
+    check_shape,
+    check_spans,
+    device_of,
+    namespace_of,
+)
 
 
 def distance_of(xp: Any, age: Array, queries: int) -> Array:
@@ -45,8 +54,7 @@ def soft_mask(span: Array, age: Array, *, queries: int, ramp: float) -> Array:
     xp = namespace_of(span=span, age=age)
     ramp = check_ramp(ramp)
     check_spans(xp, span, age)
-    if queries < 1:
-        raise ValueError(f"queries: got {queries}, expected at least 1")
+    queries = check_count("queries", queries)
     distance = distance_of(xp, age, queries)  # [B, M, N]
     return mask_at(xp, span[:, None, :], distance, ramp)  # [B, M, N]
 

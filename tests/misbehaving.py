@@ -21,6 +21,25 @@ class Crashes(Dense):
         ctypes.string_at(0)
 
 
+class StartsOnce(Exits):
+    """Ends its process, and holds on to something that the next one needs."""
+
+    def __init__(self):
+        lock = os.environ["REFSPAN_TEST_LOCK"]
+        os.close(os.open(lock, os.O_CREAT | os.O_EXCL))
+
+
+class OwnException(BaseException):
+    """Not even an Exception."""
+
+
+class RaisesItsOwn(Dense):
+    """Raises what nobody catches."""
+
+    def soft_mask(self, span, age, *, queries, ramp):
+        raise OwnException("\x1b[31mred\nlines")
+
+
 class CallsExit(Dense):
     """Asks the interpreter to end."""
 

@@ -39,7 +39,6 @@ def test_enough_wrong_backends_and_every_check_rejects_one():
     assert len(wrong.MUTANTS) >= 25
     select()
     biting = {check for _, checks in wrong.MUTANTS.values() for check in checks}
-    # equal in what they compute to those of the same level that are named, and kept for their plainer message
     assert {id_ for id_ in CHECKS if not id_.startswith("golden.")} - biting == set()
 
 
@@ -52,8 +51,11 @@ def test_recorded_results_reject_wrong_backends(name):
 DTYPES = ["float16", "float32", "float64"]
 
 
+RIGHT = [NumpyBackend, wrong.Dense, wrong.ClipsNegativeSpans, wrong.LearnsAtTheKinks]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", [NumpyBackend, wrong.Dense])
+@pytest.mark.parametrize("backend", RIGHT)
 def test_right_backends_are_accepted(backend, dtype, seed_of_run, examples_of_run):
     assert failures(check_backend(backend(), dtype=dtype, seed=seed_of_run, examples=examples_of_run)) == {}
 
@@ -208,6 +210,16 @@ class TestBrokenBackends:
         assert report.count("failed") == 6
         for message in failures(report).values():
             assert said in message
+
+    def test_one_that_cannot_be_started_again_fails_every_check(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("REFSPAN_TEST_LOCK", str(tmp_path / "lock"))
+        report = self.run("StartsOnce")
+        assert (report.count("passed"), report.count("failed")) == (0, 6)
+        assert "could not be started again" in failures(report)["mask.kinks"]
+
+    def test_what_it_raises_is_shown_on_one_plain_line(self):
+        message = failures(self.run("RaisesItsOwn"))["mask.values"]
+        assert message == "soft_mask raised OwnException: ?[31mred lines"
 
     def test_a_hang_is_ended_and_asked_only_once_per_check(self):
         session = self.worker("instance", timeout=1.0)

@@ -311,6 +311,9 @@ BASE = arguments_with()
         ({"age": BASE["age"].astype(float)}, TypeError, "age: got float64, expected int64"),
         ({"age": BASE["age"][:, 1:]}, ValueError, r"age: got shape \(2, 10\), expected \(2, 11\)"),
         ({"ramp": 0}, ValueError, "ramp: got 0, expected a finite number of steps > 0"),
+        ({"ramp": 1e-46}, ValueError, "ramp: got 1e-46, expected a finite number of steps > 0"),
+        ({"ramp": True}, TypeError, "ramp: got True, expected a number"),
+        ({"scratch_bytes": "a"}, TypeError, "scratch_bytes: got 'a', expected a whole number"),
         ({"ramp": -1.5}, ValueError, "ramp: got -1.5"),
         ({"ramp": float("nan")}, ValueError, "ramp: got nan"),
         ({"ramp": "long"}, TypeError, "ramp: got 'long', expected a number"),
@@ -334,6 +337,8 @@ def test_bad_arguments_of_the_others():
         refspan.span_attention_backward(BASE["query"].astype(np.float64), saved)
     with pytest.raises(ValueError, match="queries: got 0, expected at least 1"):
         refspan.soft_mask(BASE["span"], BASE["age"], queries=0, ramp=1.0)
+    with pytest.raises(TypeError, match=r"queries: got 2\.5, expected a whole number"):
+        refspan.soft_mask(BASE["span"], BASE["age"], queries=2.5, ramp=1.0)
     with pytest.raises(ValueError, match=r"grad_mask: got shape \(2, 11\)"):
         refspan.soft_mask_backward(BASE["span"], BASE["span"], BASE["age"], ramp=1.0)
 

@@ -103,6 +103,41 @@ class Dense:
         return {**grads, "span": self.grad_span(share, a, grad_a, m, ramp).astype(span.dtype)}
 
 
+class ClipsNegativeSpans(Dense):
+    """Right: spans are >= 0 anyway."""
+
+    def mask(self, span, age, queries, ramp):
+        return super().mask(np.maximum(span, 0), age, queries, ramp)
+
+
+class LearnsAtTheKinks(Dense):
+    """Right: the derivative at a kink may be 1 / R as well as 0."""
+
+    def span_attention_backward(self, grad_out, *arrays, ramp, position=None):
+        with np.errstate(all="ignore"):  # exp(s) / Z of an expired memory may be anything
+            return super().span_attention_backward(grad_out, *arrays, ramp=ramp, position=position)
+
+    def sum_over_ramp(self, grad_mask, m, ramp):
+        self.reached = np.where(self.seen, np.where(np.isfinite(grad_mask), grad_mask, 0), 0)
+        return np.sum(self.reached, axis=1) / ramp
+
+    def mask(self, span, age, queries, ramp):
+        distance = self.distance(age, queries)
+        slope = 1 + (span[:, None, :] - distance.astype(span.dtype)) / span.dtype.type(ramp)
+        self.seen = (slope >= 0) & (slope <= 1) & self.past(distance)
+        return super().mask(span, age, queries, ramp)
+
+    def weights(self, s, m):
+        a, _ = super().weights(s, m)
+        live = np.where(m > 0, s, -np.inf)
+        top = np.max(live, axis=-1, keepdims=True, initial=-np.inf)
+        some = np.isfinite(top)
+        with np.errstate(over="ignore"):
+            e = np.exp(s - np.where(some, top, 0))
+        z = np.sum(m * np.where(m > 0, e, 0), axis=-1, keepdims=True)
+        return a, np.where(some, e / np.where(some, z, 1), 0)
+
+
 MUTANTS = {}
 """Name -> (class, the checks that must reject it)."""
 
@@ -441,6 +476,62 @@ class DeadKeepTheirShare(Dense):
         return a * m, share
 
 
+@mutant("attention.tiles")
+class AgesRestartEverySixteenQueries(Dense):
+    """Each tile of 16 queries believes itself the first."""
+
+    def distance(self, age, queries):
+        return age[:, None, :] + np.arange(queries)[:, None] % 16
+
+
+@mutant("attention.tiles", "gradient.tiles")
+class TilesOfMemoriesNotRescaled(Dense):
+    """Each tile of 128 memories subtracts its own peak, and sums are added up all the same."""
+
+    def weights(self, s, m):
+        s = np.where(m > 0, s, -np.inf)
+        e = np.zeros_like(s)
+        for first in range(0, s.shape[-1], 128):
+            part = s[..., first : first + 128]
+            top = np.max(part, axis=-1, keepdims=True, initial=-np.inf)
+            e[..., first : first + 128] = np.exp(part - np.where(np.isfinite(top), top, 0))
+        z = np.sum(m * e, axis=-1, keepdims=True)
+        z = np.where(z > 0, z, 1)
+        return m * e / z, e / z
+
+
+@mutant("attention.tiles")
+class FirstEightHeads(Dense):
+    """Heads beyond the eighth are never computed."""
+
+    def output(self, a, v):
+        return super().output(a, v) * (np.arange(a.shape[1]) < 8)[:, None, None]
+
+
+@mutant("attention.tiles")
+class ShortTableOfPositions(Dense):
+    """Positions beyond 64 do not fit into the table."""
+
+    def table(self, position, age, queries):
+        return super().table(position[:64], age, queries)
+
+
+@mutant("mask.wide", "attention.wide")
+class AgesIn32Bits(Dense):
+    """Ages wrap around in int32."""
+
+    def distance(self, age, queries):
+        return super().distance(age.astype(np.int32).astype(np.int64), queries)
+
+
+@mutant("attention.position")
+class PositionsIn16Bits(Dense):
+    """Distances for the position table wrap around in 16 bits."""
+
+    def table(self, position, age, queries):
+        return super().table(position, age % 2**16, queries)
+
+
 # --- gradients --------------------------------------------------------------------------------------------------------
 
 
@@ -450,6 +541,16 @@ class SpanGradientSign(Dense):
 
     def grad_span(self, share, a, grad_a, m, ramp):
         return -super().grad_span(share, a, grad_a, m, ramp)
+
+
+@mutant("gradient.values")
+class SpanGradientTurnsAtTheKink(Dense):
+    """A memory whose span just ends is pushed the wrong way."""
+
+    def sum_over_ramp(self, grad_mask, m, ramp):
+        right = super().sum_over_ramp(grad_mask, m, ramp)
+        ended = np.where((m == 1) & (np.roll(m, -1, axis=1) < 1), grad_mask, 0)
+        return right - np.sum(ended[:, :-1], axis=1) / ramp
 
 
 @mutant("gradient.span")
@@ -617,6 +718,25 @@ class CachesByAddress(Dense):
         if name not in self.kept:
             self.kept = {name: super().span_attention(query, key, value, span, age, ramp=ramp, position=position)}
         return self.kept[name].copy()
+
+
+@mutant("attention.position")
+class GivesUp(Dense):
+    """Declares what it cannot do unfinished, in the middle of the work."""
+
+    def span_attention(self, query, key, value, span, age, *, ramp, position=None):
+        if position is not None:
+            raise NotImplementedError("positions")
+        return super().span_attention(query, key, value, span, age, ramp=ramp)
+
+
+@mutant("gradient.values")
+class InfiniteTimesZero(Dense):
+    """Gradients of spans beyond the ramp are 0 times infinity."""
+
+    def sum_over_ramp(self, grad_mask, m, ramp):
+        with np.errstate(invalid="ignore"):
+            return np.sum(np.where(m > 0, grad_mask, np.inf) * ((m > 0) & (m < 1)), axis=1) / ramp
 
 
 @mutant("mask.values")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from refspan.conformance.cases import AttentionCase
 from refspan.conformance.registry import Probe, check
-from refspan.conformance.strategies import RAMPS, SIZES, attention_cases, with_large_logits
+from refspan.conformance.strategies import RAMPS, SIZES, TILE_SIZES, attention_cases, with_large_logits
 from refspan.conformance.tolerance import AttentionBounds, Expected
 
 Cases = Callable[[np.dtype], st.SearchStrategy[AttentionCase]]
@@ -186,7 +186,7 @@ def _all_fading(dtype: np.dtype) -> st.SearchStrategy[AttentionCase]:
     def place(case: AttentionCase, ramp: float, seed: int) -> AttentionCase:
         batch, _, queries, slots, _ = case.sizes
         rng = np.random.default_rng(seed)
-        age = np.tile(np.arange(slots, 0, -1) + int(ramp), (batch, 1))
+        age = np.tile(np.arange(slots, 0, -1) + 2 * int(ramp), (batch, 1))  # a ramp may be taken off the spans
         span = age - rng.integers(1, int(ramp) - queries, (batch, slots))
         note = "every memory on the ramp for every query"
         return case.with_memories(span=span.astype(case.memories.span.dtype), age=age, ramp=ramp, notes=(note,))
@@ -212,10 +212,23 @@ def mask_scale(probe: Probe, case: AttentionCase) -> None:
     "attention.wide",
     clauses=["WIDTH"],
     needs=NEEDS,
-    cases=some(ages=("old",), ramps=tuple(r for r in RAMPS if r >= 1), contents=("normal",)),
+    cases=some(ages=("old", "beyond"), ramps=tuple(r for r in RAMPS if r >= 1), contents=("normal",)),
 )
 def wide(probe: Probe, case: AttentionCase) -> None:
     """Spans and ages up to 131072 keep single steps apart, whatever the dtype of query, key and value."""
+    (got,) = probe.attention(case)
+    probe.compare("output", got, AttentionBounds(case).expected_output())
+
+
+@check(
+    "attention.tiles",
+    clauses=["OUTPUT", "LOGIT"],
+    needs=NEEDS,
+    cases=some(sizes=TILE_SIZES, contents=("normal",)),
+    cost=10,
+)
+def tiles(probe: Probe, case: AttentionCase) -> None:
+    """Sizes just beyond those of a kernel's tiles: several of them, and a last one that is not full."""
     (got,) = probe.attention(case)
     probe.compare("output", got, AttentionBounds(case).expected_output())
 

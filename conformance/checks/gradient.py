@@ -11,7 +11,7 @@ from refspan.conformance.cases import AttentionCase
 from refspan.conformance.checks.attention import SEVERAL_MEMORIES, SEVERAL_ROWS, some
 from refspan.conformance.protocol import Array
 from refspan.conformance.registry import Probe, check
-from refspan.conformance.strategies import SIZES, attention_cases
+from refspan.conformance.strategies import SIZES, TILE_SIZES, attention_cases
 from refspan.conformance.tolerance import AttentionBounds, Expected
 
 NEEDS = ["span_attention_backward"]
@@ -84,7 +84,8 @@ def large_logits(probe: Probe, case: AttentionCase) -> None:
 def expired(probe: Probe, case: AttentionCase) -> None:
     """An expired memory gets no gradient, and what it contains changes no other."""
     bounds = AttentionBounds(case)
-    dead = np.all(bounds.interval.high == 0, axis=1)
+    # at the very end of its ramp a memory is expired, but may learn what a moment less would have taught it
+    dead = np.all((bounds.interval.high == 0) & ~bounds.interval.kink, axis=1)
     mask = dead[:, None, :, None]
     other = replace(
         case,
@@ -100,9 +101,8 @@ def expired(probe: Probe, case: AttentionCase) -> None:
     for name in ("key", "value"):
         none = Expected(np.zeros(1), np.where(mask, 0, np.inf))
         probe.compare(f"gradient of {name} of expired memories", second[name], none)
-    learns = np.all(~bounds.interval.kink, axis=1) & dead
     probe.compare(
-        "gradient of span of expired memories", second["span"], Expected(np.zeros(1), np.where(learns, 0, np.inf))
+        "gradient of span of expired memories", second["span"], Expected(np.zeros(1), np.where(dead, 0, np.inf))
     )
 
 
@@ -144,7 +144,7 @@ def block_split(probe: Probe, case: AttentionCase) -> None:
         else:
             whole = np.sum(np.stack(parts), axis=0, dtype=np.float64).astype(parts[0].dtype)
         rounding = len(parts) * np.finfo(parts[0].dtype).eps * sum(np.abs(part.astype(np.float64)) for part in parts)
-        bound = want.bound + (0 if name == "query" else rounding)
+        bound = np.nan_to_num(want.bound + (0 if name == "query" else rounding), nan=np.inf, posinf=np.inf)
         probe.agree(f"gradient of {name} of the queries one by one", whole, together[name], bound)
 
 
@@ -179,7 +179,8 @@ def directional(probe: Probe, case: AttentionCase) -> None:
     for name, x in values.items():
         direction = rng.standard_normal(x.shape)
         if name == "span":
-            direction = np.where(_near_kink(case, 4 * step * np.abs(direction)), 0, direction)
+            reach = 4 * step * np.abs(direction)
+            direction = np.where(_near_kink(case, reach) | (x < reach), 0, direction)  # spans are >= 0
         ups[name], downs[name] = ((x + sign * step * direction).astype(x.dtype) for sign in (1, -1))
         deltas[name] = (ups[name].astype(np.float64) - downs[name].astype(np.float64)) / 2
     up, down = _moved(case, ups), _moved(case, downs)
@@ -213,6 +214,13 @@ def _near_kink(case: AttentionCase, reach: Array) -> Array:
 def _moved(case: AttentionCase, values: Mapping[str, Array]) -> AttentionCase:
     arrays: dict[str, Any] = {name: x for name, x in values.items() if name != "span"}
     return replace(case.with_memories(span=values["span"]), **arrays)
+
+
+@check("gradient.tiles", clauses=["GRAD"], needs=NEEDS, cases=some(sizes=TILE_SIZES, contents=("normal",)), cost=10)
+def tiles(probe: Probe, case: AttentionCase) -> None:
+    """Sizes just beyond those of a kernel's tiles: several of them, and a last one that is not full."""
+    (got,) = probe.gradients(case)
+    _compare(probe, got, AttentionBounds(case).expected_gradients())
 
 
 @check("gradient.repeated", clauses=["GRAD"], needs=NEEDS, cases=some())

@@ -74,7 +74,9 @@ def per_query(probe: Probe, asked: Memories) -> None:
     "mask.wide",
     clauses=["WIDTH"],
     needs=["soft_mask"],
-    cases=some(ages=("old",), fates=tuple(f for f in FATES if f != "expired"), ramps=(1.0, 16.0, 128.0, 4096.0)),
+    cases=some(
+        ages=("old", "beyond"), fates=tuple(f for f in FATES if f != "expired"), ramps=(1.0, 16.0, 128.0, 4096.0)
+    ),
 )
 def wide(probe: Probe, asked: Memories) -> None:
     """Spans and ages up to 131072 keep single steps apart (half precision has steps of 16 at 16384)."""

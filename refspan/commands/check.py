@@ -1,15 +1,15 @@
 """`refspan check`: hold a backend against the specification."""
 
+import signal
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
+from refspan.conformance.protocol import EXAMPLES, TIMEOUT
 from refspan.errors import SetupError
 from refspan.files import check_writable, write_whole
-
-DEFAULT_EXAMPLES = 100
 
 
 @click.command("check")
@@ -22,14 +22,12 @@ DEFAULT_EXAMPLES = 100
 )
 @click.option("--level", "levels", multiple=True, metavar="LEVEL", help="Run only this level; may be repeated.")
 @click.option("--check", "ids", multiple=True, metavar="ID", help="Run only this check; may be repeated.")
-@click.option(
-    "--examples", type=click.IntRange(min=1), default=DEFAULT_EXAMPLES, show_default=True, help="Cases per check."
-)
+@click.option("--examples", type=click.IntRange(min=1), default=EXAMPLES, show_default=True, help="Cases per check.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything random.")
 @click.option(
     "--timeout",
-    type=click.FloatRange(min=0, min_open=True),
-    default=10.0,
+    type=click.FloatRange(min=0, min_open=True, max=86400),
+    default=TIMEOUT,
     show_default=True,
     help="Seconds that one answer may take.",
 )
@@ -83,17 +81,22 @@ def command(
     replay += ["--dtype", dtype, "--seed", str(seed), "--examples", str(examples)]
 
     interrupted = False
+    asked_to_stop = _on_interrupt()
     try:
         for line in report.header():
             click.echo(line)
         click.echo()
-        _run(run, session, checks, report, dtype=dtype, seed=seed, examples=examples, replay=replay)
+        _run(run, session, checks, report, asked_to_stop, dtype=dtype, seed=seed, examples=examples, replay=replay)
     except KeyboardInterrupt:
         interrupted = True
     finally:
         session.close()
         if json_path is not None:
-            write_whole(json_path, report.to_json().encode())
+            # what is only half of a report never takes the place of a whole one
+            half = not report.complete and json_path.exists()
+            write_whole(
+                json_path.with_name(json_path.name + ".partial") if half else json_path, report.to_json().encode()
+            )
     click.echo(report.summary())
     if interrupted:
         return 130
@@ -102,7 +105,9 @@ def command(
     return 1 if report.count("failed") else 2
 
 
-def _run(run: Any, session: Any, checks: Any, report: Any, *, examples: int, **options: Any) -> None:
+def _run(
+    run: Any, session: Any, checks: Any, report: Any, asked_to_stop: list[int], *, examples: int, **options: Any
+) -> None:
     """Print a line per check as it finishes; on a terminal a bar shows the one at work."""
     from tqdm import tqdm
 
@@ -110,6 +115,8 @@ def _run(run: Any, session: Any, checks: Any, report: Any, *, examples: int, **o
     with tqdm(total=examples * len(checks), disable=None, leave=False, unit="ex", dynamic_ncols=True) as bar:
 
         def tick(check: Any, example: int) -> None:
+            if asked_to_stop:
+                raise KeyboardInterrupt
             if example == 0:
                 bar.set_description(check.id)
             if example < examples:
@@ -125,3 +132,15 @@ def _run(run: Any, session: Any, checks: Any, report: Any, *, examples: int, **o
                 lines += [f"      replay: {result.failure.replay}"]
             for line in lines:
                 bar.write(line)
+
+
+def _on_interrupt() -> list[int]:
+    """A list that is no longer empty once Ctrl-C was pressed: Python drops an interrupt that meets it in a callback."""
+    received: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, note)
+    return received
