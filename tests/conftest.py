@@ -23,4 +23,4 @@ def pytest_generate_tests(metafunc):
 @pytest.fixture
 def examples_of_run(request):
     """Examples per check in these runs: those of `refspan check` under the profile "deep", else fewer."""
-    return 100 if request.config.getoption("--hypothesis-profile") == "deep" else 25
+    return 100 if request.config.getoption("--hypothesis-profile") == "deep" else 12

@@ -194,7 +194,7 @@ def test_an_interrupted_run_is_marked_incomplete(tmp_path):
         "--backend",
         "numpy",
         "--examples",
-        "2000",
+        "500",
         "--json",
         str(path),
     ]

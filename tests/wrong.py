@@ -134,8 +134,8 @@ class LearnsAtTheKinks(Dense):
         some = np.isfinite(top)
         with np.errstate(over="ignore"):
             e = np.exp(s - np.where(some, top, 0))
-        z = np.sum(m * np.where(m > 0, e, 0), axis=-1, keepdims=True)
-        return a, np.where(some, e / np.where(some, z, 1), 0)
+            z = np.sum(m * np.where(m > 0, e, 0), axis=-1, keepdims=True)
+            return a, np.where(some, e / np.where(some, z, 1), 0)
 
 
 MUTANTS = {}
