@@ -5,10 +5,9 @@ from collections.abc import Iterator
 SCRATCH_BYTES = 32 * 2**20
 """Default for the largest sum of arrays with a memory axis and a query axis alive at once, in bytes.
 
-One query of one head is the smallest tile, so the limit holds while five rows of N numbers fit into it. Beside it, each
+One query of one head is the smallest tile, so the limit holds while four rows of N numbers fit into it. Beside it, each
 tile keeps a copy of its heads' visible keys and values when some memories are dead (gradients of them in backward).
 """
-
 
 SMALL_TILE = 2**19
 """Numbers in an array of a tile up to which heads are worked on together."""

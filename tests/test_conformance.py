@@ -222,8 +222,6 @@ class TestBrokenBackends:
         assert message == "soft_mask raised OwnException: ?[31mred lines"
 
     def test_a_hang_is_ended_and_asked_only_once_per_check(self):
-        session = self.worker("instance", timeout=1.0)
-        session.close()
         from functools import partial
 
         hangs = Worker(partial(load_backend, f"{wrong.__file__}:Hangs"), timeout=1.0)
