@@ -56,8 +56,13 @@ def check_backend(
     selected = select(levels, checks)
     session = InProcess(backend, timeout=timeout)
     report = Report(facts_of_run(session, dtype=dtype, seed=seed, examples=examples))
+    options = f"dtype={dtype!r}, seed={seed}, examples={examples}, timeout={timeout:g}"
+
+    def replay(id_: str) -> str:
+        return f"check_backend(backend, checks=({id_!r},), {options})"
+
     try:
-        for _ in run(session, selected, report, dtype=dtype, seed=seed, examples=examples):
+        for _ in run(session, selected, report, dtype=dtype, seed=seed, examples=examples, replay=replay):
             pass
     finally:
         session.close()

@@ -1,8 +1,9 @@
 """What a backend offers: the seam that other people's implementations plug into.
 
 Arrays in and out are NumPy. An operation that a backend lacks (missing, or None) is not offered: it is reported as
-such and never counted as passed. The ages of one row are distinct, and spans lie in 0..max_span. Results have the
-dtype of `query` (of `span` for masks and span gradients), and neither alias nor change the arguments.
+such and never counted as passed. The ages of one row are distinct, and spans lie in 0..max_span: float64 beside float64
+queries, else float32. Results have the dtype of `query` (of `span` for masks and span gradients), and neither alias nor
+change the arguments. `grad_out`, the gradient of the output, is what `refspan` itself calls `grad_output`.
 """
 
 from collections.abc import Mapping, Sequence

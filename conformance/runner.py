@@ -1,7 +1,6 @@
 """Running checks: Hypothesis draws and shrinks, a session asks the backend, a report collects."""
 
 import platform
-import shlex
 import time
 import warnings
 import zlib
@@ -62,7 +61,7 @@ def run(
     dtype: str = "float32",
     seed: int = 0,
     examples: int = EXAMPLES,
-    replay: Sequence[str] = ("refspan", "check"),
+    replay: Callable[[str], str] = "refspan check --check {}".format,
     tick: Callable[[Check, int], None] = lambda check, example: None,  # noqa: ARG005
 ) -> Iterator[Result]:
     """Run `checks`, yield each result and add it to `report`; mark the report complete at the end.
@@ -74,12 +73,11 @@ def run(
         dtype: of query, key and value.
         seed: of everything random. A check draws the same cases whichever others run beside it.
         examples: per check.
-        replay: the command line to which `--check ID` is added to run a failed check again.
+        replay: the command that runs the check of an id again.
         tick: called before each example.
     """
     for one in checks:
-        command = shlex.join([*replay, "--check", one.id])
-        result = _run_one(session, one, np.dtype(dtype), seed, examples, command, tick)
+        result = _run_one(session, one, np.dtype(dtype), seed, examples, replay(one.id), tick)
         report.results.append(result)
         yield result
     report.complete = True

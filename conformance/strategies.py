@@ -52,6 +52,7 @@ FATES = (
     "just beyond its end",
     "span 0",
     "nearly gone",
+    "hardly begun to fade",
 )
 """What a memory is about to do, as seen by one query of the block, see `_span`."""
 
@@ -97,7 +98,7 @@ def memories(
 
 
 def _ages(rng: np.random.Generator, layout: str, queries: int, slots: int, widest: int) -> Array:
-    """Distinct ages of one row."""
+    """Ages of one row, distinct."""
     if layout == "stream":  # contiguous, ending with the block itself
         return np.arange(slots, 0, -1) - queries
     if layout == "past":  # contiguous, ending just before the block
@@ -133,6 +134,7 @@ def _span(rng: np.random.Generator, fate: str, age: int, queries: int, ramp: flo
         "just beyond its end": np.nextafter(ends, downward),
         "span 0": 0.0,
         "nearly gone": distance - ramp + ramp * 2.0**-20,
+        "hardly begun to fade": distance - ramp * 2.0**-18,
     }
     return max(float(number(spans[fate])), 0.0)
 

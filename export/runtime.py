@@ -11,7 +11,8 @@ from refspan.arrays import check_attention, check_count, check_dtype, check_ramp
 from refspan.errors import SetupError
 from refspan.export.models import FORMS, attention_model, gradient_model, mask_model
 from refspan.export.session import captured_log, check_device, kernels_in, load_onnxruntime, make_session, placement_of
-from refspan.export.tiles import Array, Cost, Selection, tiles, visible_memories
+from refspan.export.tiles import Array, Cost, Selection, tiles
+from refspan.visibility import visible_memories
 
 if TYPE_CHECKING:
     import onnx
@@ -70,7 +71,7 @@ class AttentionRunner:
         self.device, self.form, self.threads, self.scratch_bytes = device, form, threads, scratch_bytes
         self._session_options = dict(session_options or {})
         self._sessions: dict[tuple[str, str, str, bool], Any] = {}
-        self._kernels: list[str] = []
+        self._kernels: dict[str, list[str]] = {}
 
     @property
     def version(self) -> str:
@@ -91,9 +92,9 @@ class AttentionRunner:
         }
 
     def kernel(self) -> list[str]:
-        """What computes attention: on CUDA the kernel that the provider logged in the first run, else the operators."""
+        """What computes attention: on CUDA the kernels that the provider logged, by dtype; else the operators."""
         if self.device == "cuda" and self.form == "fused":
-            return list(self._kernels)
+            return [f"{', '.join(kernels)} ({dtype})" for dtype, kernels in self._kernels.items()]
         operators = {node.rsplit(" (")[-1].rstrip(")") for node in self.placement()}
         return sorted(operators & {"Attention", "MatMul"})
 
@@ -178,7 +179,7 @@ class AttentionRunner:
     def _runs(self, step: "_Step", graph: str) -> Iterator["_Run"]:
         """The runs of a graph that make up one attention step; none if no memory is visible."""
         batch, heads, queries, _ = step.query.shape
-        visible = visible_memories(step.span, step.age, queries=queries, ramp=step.ramp)  # [B, N]
+        visible = visible_memories(np, step.span, step.age, queries=queries, ramp=step.ramp)  # [B, N]
         most = int(visible.sum(axis=1).max(initial=0))
         if most == 0 or 0 in step.query.shape:
             return
@@ -206,10 +207,10 @@ class AttentionRunner:
         """Outputs of one run of a graph."""
         session = self._session(graph, dtype, width, position="position" in feed)
         values = {name: self._on_device(x) if isinstance(x, np.ndarray) else x for name, x in feed.items()}
-        if self.device == "cuda" and graph == "fused" and not self._kernels:
+        if self.device == "cuda" and graph == "fused" and dtype not in self._kernels:
             with captured_log(load_onnxruntime(), severity=0) as messages:
                 outputs = session.run_with_ort_values(None, values)
-            self._kernels = kernels_in(messages)
+            self._kernels[dtype] = kernels_in(messages)
         else:
             outputs = session.run_with_ort_values(None, values)
         return [x.numpy() for x in outputs]

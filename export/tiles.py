@@ -1,7 +1,7 @@
 """How an attention step is cut into runs of a graph, and which memories enter them.
 
 Tiles bound the scratch: every array with a query axis and a memory axis lives inside one run. Memories that no query of
-the block sees are left out on the host, from spans and ages alone, before any of them is multiplied (clause DROP).
+the block sees (`refspan.visibility`) are left out on the host, before any of them is multiplied (clause DROP).
 """
 
 from collections.abc import Iterator
@@ -10,18 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from refspan.mask import mask_at
-
 Array = np.ndarray[Any, np.dtype[Any]]
-
-
-def visible_memories(span: Array, age: Array, *, queries: int, ramp: float) -> Array:
-    """Which memories at least one query of the block sees.   [B, N], [B, N] -> bool [B, N].
-
-    A mask only falls with distance, so the first query that may see a memory decides: distance max(age, 1).
-    """
-    in_time = age + (queries - 1) >= 1
-    return np.asarray(in_time & (mask_at(np, span, np.maximum(age, 1), ramp) > 0))
 
 
 @dataclass(frozen=True)

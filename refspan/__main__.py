@@ -1,6 +1,7 @@
 """The command line. Each command lives in a module of `refspan.commands` that is imported when it is asked for."""
 
 import importlib
+import os
 import sys
 
 import click
@@ -57,6 +58,16 @@ def main() -> None:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         click.echo(f"refspan: {where}{error.strerror or error}", err=True)
+        status = 2
+    except Exception as error:
+        if os.environ.get("REFSPAN_TRACEBACK"):
+            raise
+        said = " ".join(str(error).split()) or "no message"
+        click.echo(
+            f"refspan: {type(error).__name__}: {said} (not foreseen, so a defect of refspan; "
+            "REFSPAN_TRACEBACK=1 shows where)",
+            err=True,
+        )
         status = 2
     sys.exit(status if isinstance(status, int) else 0)
 

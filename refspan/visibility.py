@@ -48,19 +48,29 @@ class Visibility:
         return self.xp.take(in_order, self.xp.argsort(self.order), axis=-2)
 
 
+def visible_memories(xp: Any, span: Array, age: Array, *, queries: int, ramp: float) -> Array:
+    """Which memories at least one query of the block sees.   [.., N], [.., N] -> bool [.., N].
+
+    A mask only falls with distance, so the first query that may see a memory decides: distance max(age, 1), if the
+    block lasts until then.
+    """
+    first = xp.where(age > 1, age, xp.ones_like(age))
+    return (age + (queries - 1) >= 1) & (mask_at(xp, span, first, ramp) > 0)
+
+
 def visibility(xp: Any, span: Array, age: Array, *, queries: int, ramp: float, positions: int) -> Visibility:
     """Sort the memories of one batch row, `span` [N] and `age` [N], into the groups above.
 
-    A mask only falls with distance, so two queries tell all: the first one that may see the memory (distance
-    max(age, 1), if the block lasts until then) and the last one (distance age + M - 1).
+    A mask only falls with distance, so two queries tell all: the first one that may see the memory, and the last one
+    (distance age + M - 1).
     """
     first, last = xp.where(age > 1, age, xp.ones_like(age)), age + (queries - 1)
-    dead = (last < 1) | (mask_at(xp, span, first, ramp) == 0)
+    seen = visible_memories(xp, span, age, queries=queries, ramp=ramp)
     full = (age >= 1) & (mask_at(xp, span, last, ramp) == 1)
     near = (last >= 1) & (first <= positions)
 
     group = xp.where(full, xp.where(near, xp.ones_like(age), 0), xp.where(near, 2 * xp.ones_like(age), 3))
-    group = xp.where(dead, 4, group)
+    group = xp.where(seen, group, 4)
     order = xp.argsort(group, stable=True)
     sizes = [int(xp.sum(xp.astype(group == g, xp.int64))) for g in range(4)]
     unsorted = bool(xp.any(group[1:] < group[:-1]))

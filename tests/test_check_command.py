@@ -66,6 +66,22 @@ def test_wrong_backend_shows_a_small_counterexample_and_how_to_see_it_again():
     ]
 
 
+def test_replay_repeats_every_setting():
+    settings = ["--dtype", "float64", "--seed", "4", "--examples", "6", "--timeout", "7"]
+    ran = check("--backend", f"{WRONG}:HardMask", "--check", "mask.values", *settings)
+    assert f"replay: refspan check --backend {WRONG}:HardMask {' '.join(settings)} --check mask.values" in ran.stdout
+
+
+def test_what_nobody_foresaw_is_one_line_too(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import refspan.conformance.runner as r\nr.select = lambda *_: 1 / 0\n")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    ran = check("--backend", "numpy", PYTHONPATH=path)
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert ran.stderr.count("\n") == 1
+    assert "refspan: ZeroDivisionError: division by zero (not foreseen, so a defect of refspan;" in ran.stderr
+    assert "Traceback" in check("--backend", "numpy", PYTHONPATH=path, REFSPAN_TRACEBACK="1").stderr
+
+
 def test_two_runs_are_alike_but_for_their_times():
     def run():
         lines = check("--backend", f"{WRONG}:NoScale", "--level", "attention", "--examples", 10).stdout.splitlines()

@@ -109,6 +109,14 @@ def test_a_check_draws_the_same_cases_whichever_others_run():
     assert alone["attention.output"] == among["attention.output"]
 
 
+def test_a_report_made_in_python_says_how_to_see_a_failure_again():
+    backend = wrong.MUTANTS["HardMask"][0]()
+    report = check_backend(backend, levels=("mask",), dtype="float64", seed=4, examples=7)
+    failure = next(result.failure for result in report.results if result.failure)
+    again = eval(failure.replay, {"check_backend": check_backend, "backend": backend})  # noqa: S307
+    assert [result.failure for result in again.results] == [failure]
+
+
 def test_no_two_sizes_of_a_draw_are_alike():
     for sizes in SIZES:
         large = [size for size in sizes if size > 1]

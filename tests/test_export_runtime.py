@@ -12,7 +12,8 @@ import refspan
 from refspan.errors import SetupError
 from refspan.export import AttentionRunner
 from refspan.export.session import captured_log, check_device, kernels_in
-from refspan.export.tiles import Cost, Selection, tiles, visible_memories
+from refspan.export.tiles import Cost, Selection, tiles
+from refspan.visibility import visible_memories
 
 FORMS = ("fused", "portable")
 NAMES = ("query", "key", "value", "span")
@@ -141,7 +142,7 @@ def test_expired_memory_influences_nothing(runner, partly):
 
 def test_overflowing_logit_of_an_expired_memory(monkeypatch):
     """In primitive operators an expired memory stays out even if its logit is infinite and it enters the graph."""
-    monkeypatch.setattr("refspan.export.runtime.visible_memories", lambda span, *_, **__: np.ones(span.shape, bool))
+    monkeypatch.setattr("refspan.export.runtime.visible_memories", lambda xp, span, *_, **__: np.ones(span.shape, bool))
     arrays, options = step(sizes=(1, 1, 2, 2, 1), positions=0, ramp=1.0)
     arrays["age"][:] = [[1, 4]]
     arrays["span"][:] = [[9, -1]]
@@ -264,7 +265,7 @@ def test_visible_memories_are_those_with_a_mask():
         queries, ramp = int(rng.integers(1, 9)), float(rng.uniform(0.5, 6))
         age, span = rng.integers(-8, 20, (3, 30)), rng.uniform(-5, 20, (3, 30)).astype(np.float32)
         wanted = (refspan.soft_mask(span, age, queries=queries, ramp=ramp) > 0).any(axis=1)
-        np.testing.assert_array_equal(visible_memories(span, age, queries=queries, ramp=ramp), wanted)
+        np.testing.assert_array_equal(visible_memories(np, span, age, queries=queries, ramp=ramp), wanted)
 
 
 def test_tiles_cover_everything_once_within_the_limit():

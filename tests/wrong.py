@@ -294,6 +294,14 @@ class NotRenormalised(Dense):
         return m * e / z, e / z
 
 
+@mutant("attention.faint")
+class FloorUnderTheLogarithm(Dense):
+    """softmax(s + log m) with m held above 2e-7 where it is not 0."""
+
+    def weights(self, s, m):
+        return super().weights(s, np.where(m > 0, np.maximum(m, m.dtype.type(2e-7)), 0))
+
+
 @mutant("attention.lone_survivor")
 class Epsilon(Dense):
     """FB (flaw 2): 1e-8 in the denominator."""
@@ -623,6 +631,14 @@ class SpanGradientOnThePlateau(Dense):
 
     def sum_over_ramp(self, grad_mask, m, ramp):
         return np.sum(np.where(m > 0, grad_mask, 0), axis=1) / ramp
+
+
+@mutant("gradient.values")
+class SpanGradientOnlyWellIntoTheRamp(Dense):
+    """A memory counts as full as long as its mask is above 1 - 1e-5."""
+
+    def sum_over_ramp(self, grad_mask, m, ramp):
+        return np.sum(np.where((m > 0) & (m < 1 - 1e-5), grad_mask, 0), axis=1) / ramp
 
 
 @mutant("gradient.values")

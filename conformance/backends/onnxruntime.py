@@ -20,11 +20,11 @@ class OnnxRuntimeBackend:
         self.span_attention_backward = self._runner.span_attention_backward
 
     def facts(self) -> dict[str, str]:
-        """Version, device, form of the graph, and which kernel and provider ran a first small step of it."""
-        ones = np.ones((1, 2, 8, 64), np.float32)
-        self._runner.span_attention(
-            ones, ones, ones, np.full((1, 8), 9, np.float32), np.arange(8, 0, -1)[None], ramp=1.0
-        )
+        """Version, device, form of the graph, and which kernels and provider ran a first small step of it."""
+        span, age = np.full((1, 8), 9, np.float32), np.arange(8, 0, -1)[None]
+        for dtype in self.dtypes:
+            ones = np.ones((1, 2, 8, 64), dtype)
+            self._runner.span_attention(ones, ones, ones, span, age, ramp=1.0)
         nodes = Counter(self._runner.placement().values())
         return {
             "onnxruntime": self._runner.version,

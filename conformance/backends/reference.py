@@ -82,12 +82,17 @@ class CupyBackend(NumpyBackend):
             raise SetupError(f'CuPy is missing ({error}); install it with: pip install "refspan[gpu]"') from None
         try:
             self._device = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["name"].decode()
-        except cupy.cuda.runtime.CUDARuntimeError as error:
+        except Exception as error:  # noqa: BLE001 - a driver, a library or a GPU that is missing: several types
             raise SetupError(f"CuPy finds no usable GPU ({error}); is the NVIDIA driver installed?") from None
         self._cupy = cupy
 
     def facts(self) -> dict[str, str]:
-        """Versions and device."""
+        """Versions and device; a first small step compiles CuPy's kernels, which no answer's time should pay for."""
+        span, age = np.full((1, 4), 2, np.float32), np.arange(2, -2, -1)[None]
+        self.soft_mask(span, age, queries=2, ramp=2.0)
+        for dtype in ("float16", "float32", "float64"):
+            query, key, table = (np.ones(shape, dtype) for shape in ((1, 1, 2, 8), (1, 1, 4, 8), (3, 8)))
+            self.span_attention_backward(query, query, key, key, span, age, ramp=2.0, position=table)
         return {"cupy": self._cupy.__version__, "device": self._device}
 
     def to_device(self, array: Array | None) -> Any:

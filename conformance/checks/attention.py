@@ -76,6 +76,41 @@ def lone_survivor(probe: Probe, case: AttentionCase) -> None:
     probe.compare("output", got, Expected(expected, 8 * float(info.eps) * np.abs(expected) + float(info.tiny)))
 
 
+def _faint(dtype: np.dtype) -> st.SearchStrategy[AttentionCase]:
+    """As `_one_survivor`, but beside one full memory, over whose logit the survivor's own stands by log(1 / mask)."""
+
+    def place(case: AttentionCase, seed: int) -> AttentionCase:
+        rng = np.random.default_rng(seed)
+        batch, heads, queries, slots, head_size = case.sizes
+        survivor = np.argmax(case.memories.span, axis=1)
+        left = float(np.max(case.memories.span)) / case.memories.ramp
+        signs = rng.choice([-1, 1], (batch, heads, head_size)).astype(dtype)
+        query = np.repeat(signs[:, :, None], queries, axis=2)
+        key = np.zeros_like(case.key)
+        key[range(batch), :, survivor] = signs * (-np.log(left) / np.sqrt(head_size))
+        span = case.memories.span.copy()
+        span[range(batch), (survivor + 1) % slots] = 1024
+        return replace(
+            case.with_memories(span=span, notes=(*case.memories.notes, "beside a full one")), query=query, key=key
+        )
+
+    several = _one_survivor(dtype).filter(lambda case: case.sizes[3] > 1)
+    return st.builds(place, several, st.integers(0, 2**16))
+
+
+@check("attention.faint", clauses=["WEIGHT", "MASK"], needs=NEEDS, cases=_faint)
+def faint(probe: Probe, case: AttentionCase) -> None:
+    """A mask of 2^-23 counts for just that beside a full memory: there is no floor under it or its logarithm."""
+    (got,) = probe.attention(case)
+    expected = AttentionBounds(case).output
+    # All masks are exact, and two weights differ from 0: w / (1 + w) with w = m exp(gap), moved by w's relative error.
+    gap, u = float(np.max(np.abs(case.key))) * np.sqrt(case.sizes[4]), float(np.finfo(got.dtype).eps)
+    error = np.expm1(u * ((2 * case.sizes[4] + 16) * gap + 8))
+    largest = np.max(np.abs(case.value.astype(np.float64)), axis=(2, 3), keepdims=True)
+    bound = (error / 2 + (case.sizes[3] + 8) * u) * np.broadcast_to(largest, got.shape)
+    probe.compare("output", got, Expected(expected, bound))
+
+
 @check(
     "attention.empty",
     clauses=["EMPTY"],

@@ -1,5 +1,6 @@
 """`refspan check`: hold a backend against the specification."""
 
+import shlex
 import signal
 from functools import partial
 from pathlib import Path
@@ -79,6 +80,10 @@ def command(
     for name, value in (("--device", device), ("--form", form)):
         replay += [name, value] if value else []
     replay += ["--dtype", dtype, "--seed", str(seed), "--examples", str(examples)]
+    replay += ["--timeout", f"{timeout:g}"] if timeout != TIMEOUT else []
+
+    def replay_of(id_: str) -> str:
+        return shlex.join([*replay, "--check", id_])
 
     interrupted = False
     asked_to_stop = _on_interrupt()
@@ -86,7 +91,7 @@ def command(
         for line in report.header():
             click.echo(line)
         click.echo()
-        _run(run, session, checks, report, asked_to_stop, dtype=dtype, seed=seed, examples=examples, replay=replay)
+        _run(run, session, checks, report, asked_to_stop, dtype=dtype, seed=seed, examples=examples, replay=replay_of)
     except KeyboardInterrupt:
         interrupted = True
     finally:
