@@ -23,6 +23,7 @@ from refspan.arrays import (
     exp_in_place,
     namespace_of,
 )
+from refspan.dropout import Dropout
 from refspan.mask import distance_of, grad_span_of, mask_at
 from refspan.position import position_scores, position_scores_backward
 from refspan.tiles import SCRATCH_BYTES, tiles
@@ -46,6 +47,7 @@ class SavedAttention:
     """[B, H, M, 1], the largest logit among live memories (0 where there is none)."""
     total: Array
     """[B, H, M, 1], sum_j m_tj exp(s_tj - peak_t) (1 where no memory is live)."""
+    dropout: Dropout | None
     scratch_bytes: int
 
 
@@ -68,6 +70,7 @@ def span_attention(
     *,
     ramp: float,
     position: Array | None = None,
+    dropout: Dropout | None = None,
     scratch_bytes: int = SCRATCH_BYTES,
 ) -> tuple[Array, SavedAttention]:
     """Attention of a block of queries under the soft span mask (PAST, MASK, LOGIT, WEIGHT, EMPTY, OUTPUT).
@@ -84,6 +87,8 @@ def span_attention(
         age: [B, N] int64, steps from each memory to the block's first query; 0, -1, .. for the block's own. Any order.
         ramp: R > 0, steps over which a memory fades once its span is over.
         position: [P, D], dtype of `query`; row j is the embedding of distance j + 1. None for no position term.
+        dropout: of normalised weights, for training. Decided by batch row, head, query and age, so that neither the
+            order of memories nor dropping any changes it.
         scratch_bytes: limit of the memory for intermediate results, see `SCRATCH_BYTES`.
 
     Returns:
@@ -119,10 +124,12 @@ def span_attention(
                     weights[..., row.seen.partial] *= xp.astype(mask, dtype, copy=False)
                 total = weights @ ones  # [h, m, 1]
                 total = xp.where(total == 0, xp.ones_like(total), total)  # EMPTY: 0 / 1
+                if dropout is not None:
+                    weights *= row.dropped(dropout, b, h, m)
                 output[b, h, m, :] = (weights @ v) / total  # [h, m, D]
                 peaks[b, h, m, :], totals[b, h, m, :] = peak, total
 
-    saved = SavedAttention(query, key, value, span, age, ramp, position, output, peaks, totals, scratch_bytes)
+    saved = SavedAttention(query, key, value, span, age, ramp, position, output, peaks, totals, dropout, scratch_bytes)
     return xp.astype(output, query.dtype), saved
 
 
@@ -146,6 +153,9 @@ def span_attention_backward(grad_output: Array, saved: SavedAttention) -> Attent
     The form with exp(s) / Z instead of a / m keeps its precision as m goes to 0. The subtraction of c_t is the
     derivative of the normalisation. Below, weights are kept unnormalised, w = Z a, and g is divided by Z once instead.
     A query with no live memory has w = 0 throughout and passes no gradient (EMPTY).
+
+    Dropout takes a x in place of a in the first line, x_ti being 0 or 1 / (1 - rate): both dv_i and da_ti get a factor
+    x_ti, and c_t = g_t . o_t holds as it did.
 
     Args:
         grad_output: [B, H, M, D], gradient of the output, dtype of `query`.
@@ -189,9 +199,12 @@ def span_attention_backward(grad_output: Array, saved: SavedAttention) -> Attent
                     weights[..., partial] *= xp.astype(mask, dtype, copy=False)
 
                 g = xp.astype(grad_output[b, h, m, :], dtype) / saved.total[b, h, m, :]  # g / Z   [h, m, D]
-                grad_v += xp.matrix_transpose(weights) @ g  # [h, n, D]
+                kept = None if saved.dropout is None else row.dropped(saved.dropout, b, h, m)  # x   [h, m, n]
+                grad_v += xp.matrix_transpose(weights if kept is None else weights * kept) @ g  # [h, n, D]
                 c = xp.sum(g * saved.output[b, h, m, :], axis=-1, keepdims=True)  # c / Z   [h, m, 1]
                 grad_weights = g @ xp.matrix_transpose(v)  # [h, m, n]
+                if kept is not None:
+                    grad_weights *= kept
                 grad_weights -= c  # (da - c) / Z
 
                 if mask is not None:
@@ -270,6 +283,13 @@ class _Row:
         mask = mask_at(xp, self.span[partial], distance, self.ramp)
         scores[..., partial] = xp.where(mask > 0, scores[..., partial], -xp.inf)
         return scores, mask
+
+    def dropped(self, dropout: Dropout, b: int, h: slice, m: slice) -> Array:
+        """0 or 1 / (1 - rate) for every weight of a tile.   -> [h, m, n]."""
+        xp, new = self.xp, {"dtype": self.xp.int64, "device": device_of(self.age)}
+        head = xp.arange(h.start, h.stop, **new)[:, None, None]
+        query = xp.arange(m.start, m.stop, **new)[:, None]
+        return dropout.scale(xp, self.dtype, xp.asarray(b, **new), head, query, self.age)
 
 
 def _namespace(query: Array, key: Array, value: Array, span: Array, age: Array, position: Array | None) -> Any:

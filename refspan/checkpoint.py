@@ -1,0 +1,137 @@
+"""Models and the states of streams as files: safetensors, the config in their metadata.
+
+    model    one tensor per parameter;   metadata refspan_model "1",  config as JSON
+    stream   `Stream.state()`;           metadata refspan_stream "1", config, model: fingerprint of the parameters
+
+The number is the version of the layout. Files of other programs, truncated ones, and ones that contradict their config
+are refused with the name of the first wrong tensor.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from array_api_compat import is_cupy_array
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from refspan.arrays import Array, device_of, namespace_of
+from refspan.config import ModelConfig, check_parameters
+from refspan.errors import SetupError
+from refspan.files import write_whole
+from refspan.stream import Stream
+
+LAYOUT = "1"
+"""Version of the layout of both kinds of file."""
+
+
+def save_model(
+    path: str | Path, config: ModelConfig, params: Mapping[str, Array], *, notes: Mapping[str, str] | None = None
+) -> None:
+    """Write a model; a file that is there is replaced once the new one is whole.
+
+    Args:
+        path: of the file, by convention `.safetensors`.
+        config: the model.
+        params: its parameters by name; saved in the dtype that they have.
+        notes: further metadata, for example how the model was trained.
+
+    Raises:
+        TypeError, ValueError: parameters that do not belong to the config.
+        OSError: the file cannot be written; what was there is untouched.
+    """
+    check_parameters(config, params)
+    arrays = {name: _to_numpy(array) for name, array in params.items()}
+    write_whole(Path(path), save(arrays, metadata={**(notes or {}), "refspan_model": LAYOUT, "config": _json(config)}))
+
+
+def load_model(path: str | Path) -> tuple[ModelConfig, dict[str, np.ndarray[Any, Any]]]:
+    """The config and the parameters (NumPy) of a file that `save_model` wrote.
+
+    Raises:
+        SetupError: the file cannot be read, is no such file, or contradicts itself; the message names the tensor.
+    """
+    metadata, arrays = _read(path, "refspan_model", "a model, as refspan import and refspan.save_model write")
+    config = _config_of(path, metadata)
+    try:
+        check_parameters(config, arrays)
+    except (TypeError, ValueError) as error:
+        raise SetupError(f"{path}: {error}") from None
+    return config, arrays
+
+
+def save_state(path: str | Path, stream: Stream) -> None:
+    """Write what a stream remembers; a file that is there is replaced once the new one is whole."""
+    arrays = {name: _to_numpy(array) for name, array in stream.state().items()}
+    metadata = {
+        "refspan_stream": LAYOUT,
+        "config": _json(stream.config),
+        "model": fingerprint(stream.config, stream.params),
+    }
+    write_whole(Path(path), save(arrays, metadata=metadata))
+
+
+def load_state(path: str | Path, stream: Stream) -> None:
+    """Let `stream` go on from a file that `save_state` wrote, for the same model and batch size.
+
+    Raises:
+        SetupError: the file cannot be read, is no such file, or belongs to another model or batch size. The stream
+            goes on as it was.
+    """
+    metadata, arrays = _read(path, "refspan_stream", "the state of a stream, as refspan.save_state writes")
+    if _config_of(path, metadata) != stream.config or metadata.get("model") != fingerprint(
+        stream.config, stream.params
+    ):
+        raise SetupError(f"{path}: the state of another model, expected one of the model that this stream runs")
+    like = stream.params["embedding.weight"]
+    xp = namespace_of(like=like)
+    try:
+        stream.restore({name: xp.asarray(array, device=device_of(like)) for name, array in arrays.items()})
+    except (TypeError, ValueError) as error:
+        raise SetupError(f"{path}: {error}") from None
+
+
+def fingerprint(config: ModelConfig, params: Mapping[str, Array]) -> str:
+    """SHA-256 of a config and the numbers of its parameters, to tell models apart."""
+    digest = hashlib.sha256(_json(config).encode())
+    for name in sorted(params):
+        array = _to_numpy(params[name])
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def _to_numpy(array: Array) -> np.ndarray[Any, Any]:
+    return np.asarray(array.get() if is_cupy_array(array) else array)
+
+
+def _read(path: str | Path, kind: str, expected: str) -> tuple[dict[str, str], dict[str, np.ndarray[Any, Any]]]:
+    """Metadata and arrays of a file of this kind."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = dict(file.metadata() or {})
+            if kind not in metadata:
+                raise SetupError(f"{path}: not {expected} (its metadata has no {kind})")
+            if metadata[kind] != LAYOUT:
+                raise SetupError(f"{path}: layout {metadata[kind]}, this refspan reads {LAYOUT}; use a newer refspan")
+            return metadata, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except SafetensorError as error:
+        raise SetupError(f"{path}: no whole safetensors file ({error})") from None
+    except OSError as error:
+        raise SetupError(f"{path}: {error.strerror or error}") from None
+
+
+def _config_of(path: str | Path, metadata: Mapping[str, str]) -> ModelConfig:
+    try:
+        return ModelConfig.from_dict(json.loads(metadata["config"]))
+    except KeyError:
+        raise SetupError(f"{path}: its metadata has no config") from None
+    except (TypeError, ValueError) as error:
+        raise SetupError(f"{path}: {error}") from None
+
+
+def _json(config: ModelConfig) -> str:
+    return json.dumps(config.to_dict())

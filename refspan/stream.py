@@ -1,0 +1,206 @@
+"""Streaming: tokens in, log-probabilities out, with parameters that no longer change (clauses MODEL, CACHE, AGE, DROP).
+
+Keys, values and spans of a memory are made once, when its block is read, and kept until it expires. Nothing else of a
+block is. A step either succeeds as a whole or leaves the stream as it was.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from refspan.arrays import Array, check_count, check_shape, device_of
+from refspan.config import ModelConfig, check_parameters
+from refspan.cross_entropy import log_softmax
+from refspan.embedding import embedding
+from refspan.layer import Remembered, attend, finish, normalise_input, remember
+from refspan.layer_norm import layer_norm
+from refspan.linear import linear
+from refspan.memory import NEVER, Memory, empty_memory, expired
+from refspan.model import check_tokens, layer_parameters, widened
+
+
+class MemoryLimitError(ValueError):
+    """A step would hold more memories than the stream may; the stream is as it was before."""
+
+
+def open_model(
+    config: ModelConfig,
+    params: Mapping[str, Array],
+    *,
+    batch: int,
+    memory: Sequence[tuple[Array, Array]] | None = None,
+    max_memories: int | None = None,
+) -> "Stream":
+    """Start `batch` streams of tokens through a model.
+
+    Args:
+        config: the model.
+        params: its parameters by name, see `parameter_shapes`. Not copied: leave them alone while the stream is open.
+        batch: B, number of streams.
+        memory: None to start empty (START), or a pair for each layer: hidden states [B, N, d], what the layer was given
+            at earlier steps, and their ages [B, N] int64 >= 1 as seen from the first query of the first step.
+        max_memories: most memories that a layer may hold for a row after a step; None for no limit but BOUND.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or range; the message names it.
+    """
+    return Stream(config, params, batch=batch, memory=memory, max_memories=max_memories)
+
+
+class Stream:
+    """`batch` streams of tokens through one model; see `open_model`. Not for use by several threads at once."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Mapping[str, Array],
+        *,
+        batch: int,
+        memory: Sequence[tuple[Array, Array]] | None = None,
+        max_memories: int | None = None,
+    ) -> None:
+        xp = check_parameters(config, params)
+        self._xp, self._config, self._batch = xp, config, check_count("batch", batch)
+        self._max_memories = None if max_memories is None else check_count("max_memories", max_memories)
+        self._dtype = params["embedding.weight"].dtype
+        self._given = params
+        self._params = widened(xp, params)
+        self._layers = [layer_parameters(self._params, i) for i in range(config.layers)]
+        self._memory = [self._empty() for _ in range(config.layers)]
+        if memory is not None:
+            self._memory = self._remembered(memory)
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's shape and settings."""
+        return self._config
+
+    @property
+    def params(self) -> Mapping[str, Array]:
+        """Its parameters, as given to `open_model`."""
+        return self._given
+
+    def step(self, tokens: Array) -> Array:
+        """Read a block of any length M >= 1.
+
+        Args:
+            tokens: [B, M] int64, 0..V-1.
+
+        Returns:
+            Log-probabilities of the token that follows each, [B, M, V], dtype of the parameters.
+
+        Raises:
+            TypeError, ValueError: `tokens` are no such array. The stream goes on as if they had not been given.
+            MemoryLimitError: see `open_model`; likewise.
+        """
+        check_shape("tokens", tokens, (self._batch, "M"))
+        check_tokens(self._config, tokens)
+        xp, size, memory, parts = self._xp, self._config.block_size, self._memory, []
+        for start in range(0, tokens.shape[1], size):  # any cut gives the same (AGE); this one bounds the work
+            log_probs, memory = self._block(tokens[:, start : start + size], memory)
+            parts.append(xp.astype(log_probs, self._dtype, copy=False))
+        self._memory = memory
+        return parts[0] if len(parts) == 1 else xp.concat(parts, axis=1)
+
+    def memory_size(self) -> tuple[int, ...]:
+        """Memories that each layer holds, the longest row of the batch; never more than are live (BOUND)."""
+        return tuple(memory.slots for memory in self._memory)
+
+    def reset(self, row: int) -> None:
+        """One row of the batch starts anew, empty; the others go on."""
+        if not 0 <= row < self._batch:
+            raise ValueError(f"row: got {row}, expected 0 to {self._batch - 1}")
+        xp = self._xp
+        forgotten = [memory.forget_row(xp, row) for memory in self._memory]
+        self._memory = [memory.drop(xp, ~memory.held) for memory in forgotten]
+
+    def state(self) -> dict[str, Array]:
+        """Everything that the stream remembers: `layers.{i}.age`, `.key`, `.value` and `.span`; see `restore`."""
+        return {
+            f"layers.{i}.{name}": array
+            for i, memory in enumerate(self._memory)
+            for name, array in {"age": memory.age, **memory.contents}.items()
+        }
+
+    def restore(self, state: Mapping[str, Array]) -> None:
+        """Go on from what `state` returned, here or in another stream of the same model and batch.
+
+        Raises:
+            TypeError, ValueError: the state is not one of this model and batch; the stream goes on as it was.
+        """
+        xp, memory = self._xp, []
+        empty = self._empty()
+        wanted = {"age": empty.age, **empty.contents}
+        unknown = [name for name in state if name not in {f"layers.{i}.{n}" for i in self._range for n in wanted}]
+        if unknown:
+            raise ValueError(f"state {unknown[0]}: not known to this model")
+        for i in self._range:
+            slots: int | str = "N"
+            for name, like in wanted.items():
+                full = f"layers.{i}.{name}"
+                if full not in state:
+                    raise ValueError(f"state {full}: missing")
+                check_shape(f"state {full}", state[full], (self._batch, slots, *like.shape[2:]))
+                slots = int(state[full].shape[1])
+                if state[full].dtype != like.dtype:
+                    raise TypeError(f"state {full}: got {state[full].dtype}, expected {like.dtype}")
+            contents = {name: state[f"layers.{i}.{name}"] for name in empty.contents}
+            if not all(bool(xp.all(xp.isfinite(array))) for array in contents.values()):
+                raise ValueError(f"state of layer {i}: holds NaN or infinite numbers")
+            memory.append(Memory(state[f"layers.{i}.age"], contents))
+        self._memory = memory
+
+    @property
+    def _range(self) -> range:
+        return range(self._config.layers)
+
+    def _block(self, tokens: Array, memory: Sequence[Memory]) -> tuple[Array, list[Memory]]:
+        """Log-probabilities [B, M, V] of one block, and the memories after it."""
+        xp, config, params, after = self._xp, self._config, self._params, []
+        h = embedding(xp, tokens, params["embedding.weight"])  # [B, M, d]
+        for i, p in enumerate(self._layers):
+            normal = normalise_input(xp, config, p, h)
+            held = memory[i].append(xp, remember(xp, config, p, normal)._asdict())
+            kept = Remembered(**held.contents)
+            result, _, _ = attend(xp, config, p, normal, kept, held.age, params["position.weight"])
+            h, *_ = finish(xp, config, p, h + result)
+            after.append(self._aged(i, held, tokens.shape[1]))
+        if config.norm == "pre":
+            h = layer_norm(xp, h, params["final_norm.weight"], params["final_norm.bias"])
+        return log_softmax(xp, linear(h, params["output.weight"], params["output.bias"])), after
+
+    def _aged(self, i: int, memory: Memory, queries: int) -> Memory:
+        """After a block of M queries (AGE), without what has expired (DROP)."""
+        memory = memory.advance(queries)
+        memory = memory.drop(self._xp, expired(self._xp, memory.contents["span"], memory.age, self._config.ramp))
+        if self._max_memories is not None and memory.slots > self._max_memories:
+            raise MemoryLimitError(
+                f"layer {i} would hold {memory.slots} memories, the limit is {self._max_memories} (max_memories); "
+                "raise it, or reset rows that have ended"
+            )
+        return memory
+
+    def _empty(self) -> Memory:
+        """A layer's memory with no slots (START)."""
+        table = self._params["embedding.weight"]
+        inner = self._config.heads * self._config.head_size
+        sizes: dict[str, tuple[int, ...]] = {"key": (inner,), "value": (inner,), "span": ()}
+        return empty_memory(self._xp, self._batch, sizes, dict.fromkeys(sizes, table.dtype), device_of(table))
+
+    def _remembered(self, memory: Sequence[tuple[Array, Array]]) -> list[Memory]:
+        """Keys, values and spans of given hidden states."""
+        xp, config = self._xp, self._config
+        if len(memory) != config.layers:
+            raise ValueError(f"memory: got {len(memory)} layers, expected {config.layers}")
+        made = []
+        for i, (hidden, age) in enumerate(memory):
+            check_shape(f"memory of layer {i}: hidden", hidden, (self._batch, "N", config.hidden_size))
+            check_shape(f"memory of layer {i}: age", age, tuple(hidden.shape[:2]))
+            if age.dtype != xp.int64:
+                raise TypeError(f"memory of layer {i}: age: got {age.dtype}, expected int64")
+            if not bool(xp.all((age >= 1) | (age == NEVER))):
+                raise ValueError(f"memory of layer {i}: age: got {int(xp.min(age))}, expected at least 1")
+            if not bool(xp.all(xp.isfinite(hidden))):
+                raise ValueError(f"memory of layer {i}: hidden: holds NaN or infinite numbers")
+            p = self._layers[i]
+            normal = normalise_input(xp, config, p, xp.astype(hidden, p["span.weight"].dtype))
+            made.append(self._aged(i, Memory(age, remember(xp, config, p, normal)._asdict()), 0))
+        return made
