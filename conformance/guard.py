@@ -81,7 +81,7 @@ def _hand_over(name: str, value: Any, buffers: dict[tuple[str, tuple[int, ...], 
 def _checked(operation: str, result: Any, expected: Shapes, handed: Mapping[str, Any]) -> Any:
     """The result in memory of its own, if it is of the right type, shape and dtype."""
     if "" in expected:
-        return _checked_array(f"{operation} returned", result, *expected[""], handed)
+        return check_array(f"{operation} returned", result, *expected[""], handed)
     if not isinstance(result, Mapping):
         raise Misbehaviour(f"{operation} returned {type(result).__name__}, expected a dict of {', '.join(expected)}")
     missing = [name for name in expected if result.get(name) is None]
@@ -90,12 +90,13 @@ def _checked(operation: str, result: Any, expected: Shapes, handed: Mapping[str,
         wrong = "misses " + ", ".join(missing) if missing else "has an unexpected " + ", ".join(extra)
         raise Misbehaviour(f"{operation} returned a dict that {wrong}")
     return {
-        name: _checked_array(f"{operation} returned for {name!r}", result[name], *like, handed)
+        name: check_array(f"{operation} returned for {name!r}", result[name], *like, handed)
         for name, like in expected.items()
     }
 
 
-def _checked_array(where: str, array: Any, shape: tuple[int, ...], dtype: str, handed: Mapping[str, Any]) -> Array:
+def check_array(where: str, array: Any, shape: tuple[int, ...], dtype: str, handed: Mapping[str, Any]) -> Array:
+    """A copy of `array`, if it is a NumPy array of this shape and dtype that shares no memory with what was handed."""
     if not isinstance(array, np.ndarray) or isinstance(array, np.ma.MaskedArray):
         raise Misbehaviour(f"{where} {type(array).__name__}, expected a NumPy array")
     if array.shape != shape:

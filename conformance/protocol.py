@@ -34,6 +34,15 @@ class Stream(Protocol):
     def reset(self, row: int) -> None:
         """One row of the batch starts anew, empty; the others go on (optional)."""
 
+    def state(self) -> Any:
+        """What the stream remembers, whatever it is made of; later steps do not change it (optional)."""
+
+    def restore(self, state: Any) -> None:
+        """Go on from what `state` returned (optional)."""
+
+    def rows_projected(self) -> int:
+        """Memories projected to keys and values so far, over all rows and layers (optional; CACHE)."""
+
 
 class Backend(Protocol):
     """An implementation of the specification. Every operation is optional; `name` is not."""

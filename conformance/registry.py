@@ -10,11 +10,12 @@ from hypothesis.strategies import SearchStrategy
 from refspan.clauses import CLAUSES
 from refspan.conformance.cases import AttentionCase, Memories
 from refspan.conformance.guard import Misbehaviour, Shapes
+from refspan.conformance.programs import Program
 from refspan.conformance.protocol import Array
 from refspan.conformance.sessions import Session
 from refspan.conformance.tolerance import Expected
 
-LEVELS = ("mask", "attention", "gradient", "golden")
+LEVELS = ("mask", "attention", "gradient", "memory", "model", "golden")
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,15 @@ class Probe:
             shapes.append(Shapes({n: (x.shape, str(x.dtype)) for n, x in like.items() if x is not None}))
         calls = [{"grad_out": case.grad_out, **case.arguments()} for case in asked]
         return self._session.call("span_attention_backward", calls, shapes)
+
+    def programs(self, *asked: Program) -> list[list[Any]]:
+        """Answers to these programs, one per operation, asked one after the other."""
+        return [self._session.run_program(program) for program in asked]
+
+    @property
+    def memory_granularity(self) -> int:
+        """Memories are held in multiples of this, by the backend's own account (`facts()["memory_granularity"]`)."""
+        return max(1, int(self._session.facts.get("memory_granularity", "1")))
 
     def compare(self, what: str, got: Array, expected: Expected) -> None:
         """Fail unless `got` is within the bound everywhere that the bound decides anything, and nowhere NaN.

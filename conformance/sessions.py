@@ -6,11 +6,16 @@ import queue
 import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
 from refspan.conformance.guard import Misbehaviour, NotOffered, Shapes, guarded_call, one_line
+from refspan.conformance.programs import Program, run_program
 from refspan.errors import SetupError
+
+Question = Callable[[Any], list[Any]]
+"""What a backend is asked: a picklable function of it."""
 
 
 class Hung(Misbehaviour):
@@ -27,6 +32,9 @@ class Session(Protocol):
 
     def call(self, operation: str, calls: Sequence[Mapping[str, Any]], shapes: Sequence[Shapes]) -> list[Any]:
         """As `guarded_call`, and `Hung` if no answer comes."""
+
+    def run_program(self, program: Program) -> list[Any]:
+        """As `refspan.conformance.programs.run_program`, and `Hung` if no answer comes."""
 
     def close(self) -> None:
         """Free what the backend holds."""
@@ -64,13 +72,20 @@ class InProcess:
 
     def call(self, operation: str, calls: Sequence[Mapping[str, Any]], shapes: Sequence[Shapes]) -> list[Any]:
         """As `Session.call`."""
-        self._asked.put((operation, calls, shapes))
+        return self._ask(operation, partial(guarded_call, operation=operation, calls=calls, shapes=shapes))
+
+    def _ask(self, operation: str, question: Question) -> list[Any]:
+        self._asked.put(question)
         try:
             kind, answer = self._answered.get(timeout=self._timeout)
         except queue.Empty:
             self._start()
             raise Hung(f"{operation} did not return within {self._timeout:g} s") from None
         return _unpack(kind, answer)
+
+    def run_program(self, program: Program) -> list[Any]:
+        """As `Session.run_program`."""
+        return self._ask("the program", partial(run_program, program=program))
 
     def close(self) -> None:
         """End the thread once it is idle."""
@@ -106,10 +121,13 @@ class Worker:
 
     def call(self, operation: str, calls: Sequence[Mapping[str, Any]], shapes: Sequence[Shapes]) -> list[Any]:
         """As `Session.call`."""
+        return self._ask(operation, partial(guarded_call, operation=operation, calls=calls, shapes=shapes))
+
+    def _ask(self, operation: str, question: Question) -> list[Any]:
         if self._gone:
             raise Hung(self._gone)
         try:
-            self._pipe.send((operation, calls, shapes))
+            self._pipe.send(question)
             kind, answer = self._answer(operation, self._timeout)
         except OSError:
             kind, answer = "hung", f"the backend's process ended before {operation} could be asked"
@@ -117,6 +135,10 @@ class Worker:
             self.close()
             self._restart()
         return _unpack(kind, answer)
+
+    def run_program(self, program: Program) -> list[Any]:
+        """As `Session.run_program`."""
+        return self._ask("the program", partial(run_program, program=program))
 
     def _restart(self) -> None:
         """Start anew for the next call. If that fails, every later call is told so."""
@@ -161,9 +183,9 @@ def _unpack(kind: str, answer: Any) -> list[Any]:
 
 def _serve(backend: Any, ask: Callable[[], Any], answer: Callable[[Any], None]) -> None:
     """Answer calls until None is asked."""
-    while (asked := ask()) is not None:
+    while (question := ask()) is not None:
         try:
-            reply: tuple[str, Any] = ("result", guarded_call(backend, *asked))
+            reply: tuple[str, Any] = ("result", question(backend))
         except NotOffered as error:
             reply = ("not offered", str(error))
         except Misbehaviour as error:

@@ -65,6 +65,7 @@ class Stream:
         self._params = widened(xp, params)
         self._layers = [layer_parameters(self._params, i) for i in range(config.layers)]
         self._memory = [self._empty() for _ in range(config.layers)]
+        self._projected = 0
         if memory is not None:
             self._memory = self._remembered(memory)
 
@@ -98,11 +99,16 @@ class Stream:
             log_probs, memory = self._block(tokens[:, start : start + size], memory)
             parts.append(xp.astype(log_probs, self._dtype, copy=False))
         self._memory = memory
+        self._projected += self._batch * tokens.shape[1] * self._config.layers
         return parts[0] if len(parts) == 1 else xp.concat(parts, axis=1)
 
     def memory_size(self) -> tuple[int, ...]:
         """Memories that each layer holds, the longest row of the batch; never more than are live (BOUND)."""
         return tuple(memory.slots for memory in self._memory)
+
+    def rows_projected(self) -> int:
+        """Memories projected to keys and values so far, over all rows and layers; each is once (CACHE)."""
+        return self._projected
 
     def reset(self, row: int) -> None:
         """One row of the batch starts anew, empty; the others go on."""
@@ -202,5 +208,6 @@ class Stream:
                 raise ValueError(f"memory of layer {i}: hidden: holds NaN or infinite numbers")
             p = self._layers[i]
             normal = normalise_input(xp, config, p, xp.astype(hidden, p["span.weight"].dtype))
+            self._projected += self._batch * int(hidden.shape[1])
             made.append(self._aged(i, Memory(age, remember(xp, config, p, normal)._asdict()), 0))
         return made

@@ -1,11 +1,13 @@
 """The reference itself as a backend, on NumPy and on CuPy."""
 
 import platform
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 import refspan
+from refspan import ModelConfig
 from refspan.conformance.protocol import Array
 from refspan.errors import SetupError
 
@@ -65,9 +67,38 @@ class NumpyBackend:
             gradients = refspan.span_attention_backward(self.to_device(grad_out), saved)
         return {name: self.to_numpy(grad) for name, grad in gradients._asdict().items() if grad is not None}
 
+    def open_model(
+        self,
+        config: ModelConfig,
+        params: Mapping[str, Array],
+        *,
+        batch: int,
+        memory: Sequence[tuple[Array, Array]] | None = None,
+    ) -> "_Stream":
+        """As in the protocol."""
+        given = memory and [(self.to_device(hidden), self.to_device(age)) for hidden, age in memory]
+        stream = refspan.open_model(
+            config, {name: self.to_device(x) for name, x in params.items()}, batch=batch, memory=given
+        )
+        return _Stream(self, stream)
+
     def _forward(self, *arrays: Array, ramp: float, position: Array | None) -> Any:
         query, key, value, span, age = (self.to_device(array) for array in arrays)
         return refspan.span_attention(query, key, value, span, age, ramp=ramp, position=self.to_device(position))
+
+
+class _Stream:
+    """A stream of the reference, NumPy arrays in and out."""
+
+    def __init__(self, backend: NumpyBackend, stream: refspan.Stream) -> None:
+        self._backend, self._stream = backend, stream
+        self.memory_size, self.reset, self.rows_projected = stream.memory_size, stream.reset, stream.rows_projected
+        self.state, self.restore = stream.state, stream.restore
+
+    def step(self, tokens: Array) -> Array:
+        """As in the protocol."""
+        with np.errstate(all="ignore"):
+            return self._backend.to_numpy(self._stream.step(self._backend.to_device(tokens)))
 
 
 class CupyBackend(NumpyBackend):

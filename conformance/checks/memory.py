@@ -1,0 +1,176 @@
+"""Level memory: streams through a model whose parameters are frozen, and what they remember."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+
+from refspan.conformance.guard import Misbehaviour
+from refspan.conformance.model_cases import Answers, ModelCase, cases
+from refspan.conformance.programs import Open, Projected, Size, Step
+from refspan.conformance.registry import Probe, check
+
+NEEDS = ["open_model"]
+COST = 3
+Cases = Callable[[np.dtype], st.SearchStrategy[ModelCase]]
+
+
+def some(**about: Any) -> Cases:
+    """Programs drawn as `about` says."""
+    return lambda dtype: cases(dtype, **about)
+
+
+def follow(probe: Probe, case: ModelCase) -> None:
+    """Every step gives the log-probabilities of the reference, which reads each history at once and forgets nothing."""
+    (answers,) = probe.programs(case.program)
+    expected = Answers(case.program)
+    for i in case.steps():
+        probe.compare(f"log-probabilities of {case.program[i]}", answers[i], expected.of_step(i))
+
+
+@check("memory.stream", clauses=["AGE", "DROP", "START"], needs=NEEDS, cases=some(), cost=COST)
+def stream(probe: Probe, case: ModelCase) -> None:
+    """Blocks of any length in any order give what the whole stream at once gives."""
+    follow(probe, case)
+
+
+@check("memory.saturated", clauses=["AGE", "DROP", "BOUND"], needs=NEEDS, cost=2 * COST,
+       cases=some(spans=("all near L",), least_tokens=40, rows=(1, 2)))  # fmt: skip
+def saturated(probe: Probe, case: ModelCase) -> None:
+    """All spans near L, for longer than L + R steps: memory is as full as it can be, and not one step fuller."""
+    follow(probe, case)
+
+
+@check("memory.short", clauses=["AGE", "DROP"], needs=NEEDS, cost=COST, cases=some(spans=("all near 0",)))
+def short(probe: Probe, case: ModelCase) -> None:
+    """All spans near 0: memories fade at once, also those of the block itself."""
+    follow(probe, case)
+
+
+@check("memory.keeps_all", clauses=["AGE", "DROP"], needs=NEEDS, cost=2 * COST,
+       cases=some(spans=("beyond the stream",), least_tokens=40, rows=(1, 2)))  # fmt: skip
+def keeps_all(probe: Probe, case: ModelCase) -> None:
+    """Nothing expires: memory grows past whatever was set aside for it, and nothing is lost."""
+    follow(probe, case)
+
+
+@check("memory.start", clauses=["START"], needs=NEEDS, cost=COST, cases=some(memory=False, least_tokens=2))
+def start(probe: Probe, case: ModelCase) -> None:
+    """A stream starts empty: the first token finds no memory, and no phantom ones take part in later weights."""
+    follow(probe, case)
+
+
+@check("memory.initial", clauses=["AGE", "LOGIT"], needs=NEEDS, cost=COST, cases=some(memory=True))
+def initial(probe: Probe, case: ModelCase) -> None:
+    """A stream may start with memories of any age, in any order, and another number of them in each layer."""
+    follow(probe, case)
+
+
+@check("memory.reset", clauses=["START"], needs=NEEDS, cost=COST, cases=some(resets=True, rows=(2, 3), least_tokens=6))
+def reset(probe: Probe, case: ModelCase) -> None:
+    """A row that is reset starts anew, empty; the others go on."""
+    follow(probe, case)
+
+
+@check("memory.restore", clauses=["CACHE"], needs=NEEDS, cost=COST, cases=some(restores=True, least_tokens=6))
+def restore(probe: Probe, case: ModelCase) -> None:
+    """A stream goes on from a kept state as if nothing had been read since, as often as one likes."""
+    follow(probe, case)
+
+
+@check("memory.two_streams", clauses=["CACHE"], needs=NEEDS, cost=2 * COST, cases=some(streams=2, rows=(2, 1)))
+def two_streams(probe: Probe, case: ModelCase) -> None:
+    """Streams of two models that are open at once do not mix."""
+    follow(probe, case)
+
+
+@check("memory.state_machine", clauses=["AGE", "DROP", "START", "CACHE"], needs=NEEDS, cost=2 * COST,
+       cases=some(streams=2, resets=True, restores=True, rows=(2, 3)))  # fmt: skip
+def state_machine(probe: Probe, case: ModelCase) -> None:
+    """Blocks, single tokens, resets and restores of two models' streams, in whatever order."""
+    follow(probe, case)
+
+
+@check("memory.bound", clauses=["BOUND"], needs=NEEDS, cost=COST, cases=some(sizes=True, least_tokens=20))
+def bound(probe: Probe, case: ModelCase) -> None:
+    """No more memories are held than are live in the fullest row, rounded up to the granularity that is documented."""
+    (answers,) = probe.programs(case.program)
+    expected = Answers(case.program)
+    grain = probe.memory_granularity
+    for i, operation in enumerate(case.program):
+        if isinstance(operation, Size):
+            for layer, (held, live) in enumerate(zip(answers[i], expected.most_held(i), strict=True)):
+                most = -(-live // grain) * grain
+                if held > most:
+                    raise Misbehaviour(
+                        f"layer {layer} holds {held} memories after operation {i + 1}, {operation}; {live} are live, "
+                        f"expected at most {most}"
+                    )
+
+
+@check("memory.projected_once", clauses=["CACHE"], needs=NEEDS, cost=COST, cases=some(projected=True))
+def projected_once(probe: Probe, case: ModelCase) -> None:
+    """Keys and values of a memory are made once, not again in every block that still sees it."""
+    (answers,) = probe.programs(case.program)
+    for i, operation in enumerate(case.program):
+        if isinstance(operation, Projected):
+            opened = next(o for o in case.program if isinstance(o, Open) and o.stream == operation.stream)
+            given = (
+                0 if opened.memory is None else sum(hidden.shape[0] * hidden.shape[1] for hidden, _ in opened.memory)
+            )
+            read = sum(o.tokens.size for o in case.program if isinstance(o, Step) and o.stream == operation.stream)
+            most = given + read * opened.config.layers
+            if answers[i] > most:
+                raise Misbehaviour(f"{operation} says {answers[i]}, expected at most {most}: one per memory and layer")
+
+
+@check("memory.block_split", clauses=["AGE", "MASK"], needs=NEEDS, cost=COST, cases=some())
+def block_split(probe: Probe, case: ModelCase) -> None:
+    """Reading token by token gives what reading in blocks gives."""
+    program = []
+    for operation in case.program:
+        if isinstance(operation, Step):
+            tokens = operation.tokens
+            program += [replace(operation, tokens=tokens[:, m : m + 1]) for m in range(tokens.shape[1])]
+        else:
+            program.append(operation)
+    blocks, singles = probe.programs(case.program, tuple(program))
+    together = [answer for answer in singles if answer is not None]
+    expected = Answers(case.program)
+    for i in case.steps():
+        length = blocks[i].shape[1]
+        alone = np.concatenate(together[:length], axis=1)
+        together = together[length:]
+        probe.agree(f"log-probabilities of {case.program[i]}", alone, blocks[i], expected.of_step(i).bound)
+
+
+@check("memory.batch_mates", clauses=["DROP"], needs=NEEDS, cost=COST, cases=some(rows=(2, 3)))
+def batch_mates(probe: Probe, case: ModelCase) -> None:
+    """A row gets alone what it gets beside others, whatever these hold and forget."""
+    opened = case.program[0]
+    assert isinstance(opened, Open)  # noqa: S101
+    rows = []
+    for b in range(opened.batch):
+        given = opened.memory and [(hidden[b : b + 1], age[b : b + 1]) for hidden, age in opened.memory]
+        steps = [replace(o, tokens=o.tokens[b : b + 1]) for o in case.program if isinstance(o, Step)]
+        rows.append((replace(opened, batch=1, memory=given), *steps))
+    together, *alone = probe.programs(case.program, *rows)
+    expected = Answers(case.program)
+    for place, i in enumerate(case.steps()):
+        apart = np.concatenate([answers[place + 1] for answers in alone])
+        probe.agree(f"log-probabilities of {case.program[i]}", apart, together[i], expected.of_step(i).bound)
+
+
+@check("memory.slot_order", clauses=["DROP"], needs=NEEDS, cost=COST, cases=some(memory=True))
+def slot_order(probe: Probe, case: ModelCase) -> None:
+    """The order in which initial memories are given changes nothing."""
+    opened = case.program[0]
+    assert isinstance(opened, Open)  # noqa: S101
+    assert opened.memory is not None  # noqa: S101
+    turned = [(hidden[:, ::-1], age[:, ::-1]) for hidden, age in opened.memory]
+    first, second = probe.programs(case.program, (replace(opened, memory=turned), *case.program[1:]))
+    expected = Answers(case.program)
+    for i in case.steps():
+        probe.agree(f"log-probabilities of {case.program[i]}", second[i], first[i], expected.of_step(i).bound)

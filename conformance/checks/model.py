@@ -1,0 +1,59 @@
+"""Level model: one block through the whole model, from an empty start."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from refspan.conformance.checks.memory import COST, NEEDS, follow, some
+from refspan.conformance.model_cases import Answers, ModelCase
+from refspan.conformance.programs import Step
+from refspan.conformance.registry import Probe, check
+from refspan.conformance.tolerance import Arithmetic, Expected
+
+
+@check("model.post_norm", clauses=["LAYER", "MODEL"], needs=NEEDS, cost=COST, cases=some(norms=("post",)))
+def post_norm(probe: Probe, case: ModelCase) -> None:
+    """Post-norm: both normalisations come after the residual sums, and there is none in the end."""
+    follow(probe, case)
+
+
+@check("model.pre_norm", clauses=["LAYER", "MODEL"], needs=NEEDS, cost=COST, cases=some(norms=("pre",)))
+def pre_norm(probe: Probe, case: ModelCase) -> None:
+    """Pre-norm: memories are normalised like the block before keys, values and spans; a last norm ends the model."""
+    follow(probe, case)
+
+
+@check("model.spans", clauses=["SPAN"], needs=NEEDS, cost=COST, cases=some(spans=("spread",), least_tokens=12))
+def spans(probe: Probe, case: ModelCase) -> None:
+    """Spans come from hidden states: one per memory and layer, the temperature dividing these but not the bias."""
+    follow(probe, case)
+
+
+@check("model.causal", clauses=["PAST"], needs=NEEDS, cost=COST, cases=some(least_tokens=4))
+def causal(probe: Probe, case: ModelCase) -> None:
+    """What comes later changes nothing of what was said before."""
+    last = case.steps()[-1]
+    step = case.program[last]
+    assert isinstance(step, Step)  # noqa: S101
+    vocabulary = int(max(o.tokens.max() for o in case.program if isinstance(o, Step))) + 1
+    tokens = step.tokens.copy()
+    tokens[:, -1] = (tokens[:, -1] + 1) % max(vocabulary, 2)
+    other = tuple(replace(step, tokens=tokens) if i == last else o for i, o in enumerate(case.program))
+    first, second = probe.programs(case.program, other)
+    expected = Answers(case.program)
+    for i in case.steps():
+        said = slice(0, -1) if i == last else slice(None)
+        bound = np.broadcast_to(expected.of_step(i).bound, first[i].shape)
+        probe.agree(f"log-probabilities of {case.program[i]}", second[i][:, said], first[i][:, said], bound[:, said])
+
+
+@check("model.normalised", clauses=["MODEL"], needs=NEEDS, cost=COST, cases=some())
+def normalised(probe: Probe, case: ModelCase) -> None:
+    """Log-probabilities are those of a distribution: their exponentials sum to one."""
+    (answers,) = probe.programs(case.program)
+    for i in case.steps():
+        total = np.sum(np.exp(answers[i].astype(np.float64)), axis=-1)
+        arithmetic = Arithmetic.of(answers[i].dtype)
+        size = np.max(np.abs(answers[i].astype(np.float64)), axis=-1)
+        bound = arithmetic.u * (answers[i].shape[-1] + 8 + 8 * size)
+        probe.compare(f"sum of probabilities of {case.program[i]}", total, Expected(np.ones_like(total), bound))

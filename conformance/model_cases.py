@@ -1,0 +1,250 @@
+"""Programs to ask of models, drawn by Hypothesis, and what a right model answers them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+
+from refspan.config import ModelConfig, initial_parameters
+from refspan.conformance.model_bounds import History, ModelBounds
+from refspan.conformance.programs import Open, Operation, Program, Projected, Reset, Restore, Save, Size, Step
+from refspan.conformance.protocol import Array
+from refspan.conformance.tolerance import Expected
+
+SIZES = ((7, 6, 10, 1, 1, 4, 3), (11, 12, 20, 2, 2, 5, 4), (5, 8, 9, 2, 3, 3, 2), (13, 10, 16, 3, 2, 4, 5))
+"""Vocabulary, hidden, feed-forward, layers, heads, head size, block; H * D is not d."""
+
+SPANS = ("spread", "as at the start", "all near L", "all near 0", "beyond the stream")
+"""What the span predictors say, see `_spans`."""
+
+MOST_TOKENS = 40
+"""Of one stream."""
+
+
+@dataclass(frozen=True, repr=False)
+class ModelCase:
+    """A program, and how it was made."""
+
+    program: Program
+    notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"ModelCase({'; '.join(self.notes)})"
+
+    def describe(self) -> list[str]:
+        """The case in words and numbers, a line each."""
+        models = [f"{o.stream}: {o.config}" for o in self.program if isinstance(o, Open)]
+        return [*self.notes, *models, *map(str, self.program)]
+
+    def steps(self) -> list[int]:
+        """Places of the steps in the program."""
+        return [i for i, operation in enumerate(self.program) if isinstance(operation, Step)]
+
+
+@st.composite
+def models(
+    draw: st.DrawFn, dtype: np.dtype, *, spans: Sequence[str] = SPANS, norms: Sequence[str] = ("post", "pre")
+) -> tuple[ModelConfig, dict[str, Array], str]:
+    """A small model with parameters of every kind at work, and what it is like in words."""
+    vocabulary, hidden, inner, layers, heads, head_size, block = draw(st.sampled_from(SIZES))
+    kind = draw(st.sampled_from(spans))
+    longest = 1000.0 if kind == "beyond the stream" else draw(st.sampled_from((8.0, 3.0, 20.0)))
+    config = ModelConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        feedforward_size=inner,
+        layers=layers,
+        heads=heads,
+        head_size=head_size,
+        block_size=block,
+        max_span=longest,
+        ramp=draw(st.sampled_from((2.0, 1.0, 3.0, 5.0, 16.0, 2.5, 0.5))),
+        span_temperature=draw(st.sampled_from((1.0, 2.0, 0.5))),
+        norm=draw(st.sampled_from(norms)),  # type: ignore[arg-type]
+    )
+    rng = np.random.default_rng(draw(st.integers(0, 2**16)))
+    positions = draw(st.sampled_from((block, 1, block - 1, 2 * block + 1)))
+    params = initial_parameters(config, int(rng.integers(2**31)), positions=positions, dtype="float64")
+    for name, array in params.items():
+        if "norm" in name:
+            params[name] = array + 0.3 * rng.standard_normal(array.shape)
+        elif name.endswith(("query.weight", "key.weight", "output.weight", "embedding.weight")):
+            params[name] = 2 * array
+        elif ".span." in name:
+            params[name] = _spans(rng, kind, name, array)
+    return config, {name: array.astype(dtype) for name, array in params.items()}, f"{config.norm}-norm, spans {kind}"
+
+
+def _spans(rng: np.random.Generator, kind: str, name: str, start: Array) -> Array:
+    """Weight or bias of a span predictor."""
+    if kind == "as at the start":
+        return start
+    weight = name.endswith("weight")
+    if kind == "spread":
+        return np.asarray(rng.standard_normal(start.shape) * (1.5 if weight else 0.5))
+    bias = {"all near L": 6.0, "all near 0": -12.0, "beyond the stream": 0.0}[kind]
+    return np.asarray(0.3 * rng.standard_normal(start.shape) + (0 if weight else bias))
+
+
+@st.composite
+def cases(
+    draw: st.DrawFn,
+    dtype: np.dtype,
+    *,
+    streams: int = 1,
+    rows: Sequence[int] = (2, 1, 3),
+    memory: bool | None = None,
+    resets: bool = False,
+    restores: bool = False,
+    sizes: bool = False,
+    projected: bool = False,
+    least_tokens: int = 1,
+    **about_model: Any,
+) -> ModelCase:
+    """Streams that are opened and stepped in turn, in blocks of random length and single tokens.
+
+    Args:
+        draw: Hypothesis's.
+        dtype: of the parameters.
+        streams: how many are open at once, each of its own model.
+        rows: what batch sizes are drawn from.
+        memory: whether streams start with memories given; None means sometimes.
+        resets: whether rows are emptied in between.
+        restores: whether states are kept, and returned to later.
+        sizes: whether what is held is asked after each step.
+        projected: whether the number of projections is asked in the end.
+        least_tokens: that each stream reads.
+        about_model: see `models`.
+    """
+    program: list[Operation] = []
+    notes = []
+    opened = []
+    rng = np.random.default_rng(draw(st.integers(0, 2**16)))
+    for i in range(streams):
+        name = "abc"[i]
+        config, params, words = draw(models(dtype, **about_model))
+        batch = draw(st.sampled_from(rows))
+        with_memory = draw(st.booleans()) if memory is None else memory
+        given = _given_memory(rng, config, batch, dtype) if with_memory else None
+        opened.append(Open(name, config, params, batch, given))
+        notes.append(f"stream {name}: {words}{', starting with memories' if given else ''}")
+    program += opened
+    read = dict.fromkeys((one.stream for one in opened), 0)
+    kept: set[str] = set()
+    kinds = ["step", "step", "token", *["reset"] * resets, *["save", "restore"] * restores]
+    turns = draw(st.integers(2, 9 * streams + 3 * (resets + restores)))
+    while turns > 0 or min(read.values()) < least_tokens:
+        turns -= 1
+        one = draw(st.sampled_from(opened)) if turns > 0 else min(opened, key=lambda o: read[o.stream])
+        kind = draw(st.sampled_from(kinds))
+        room = MOST_TOKENS + least_tokens - read[one.stream]
+        if kind == "reset":
+            program.append(Reset(one.stream, draw(st.integers(0, one.batch - 1))))
+        elif kind == "save":
+            program.append(Save(one.stream, f"state_{one.stream}"))
+            kept.add(one.stream)
+        elif kind == "restore" and one.stream in kept:
+            program.append(Restore(one.stream, f"state_{one.stream}"))
+        elif room > 0:
+            block = one.config.block_size
+            length = 1 if kind == "token" else min(room, draw(st.sampled_from((block, block - 1, 2 * block + 1, 7))))
+            tokens = rng.integers(0, one.config.vocab_size, (one.batch, max(1, length)))
+            program.append(Step(one.stream, tokens))
+            read[one.stream] += tokens.shape[1]
+            if sizes:
+                program.append(Size(one.stream))
+    if projected:
+        program += [Projected(one.stream) for one in opened]
+    return ModelCase(tuple(program), tuple(notes))
+
+
+def _given_memory(
+    rng: np.random.Generator, config: ModelConfig, batch: int, dtype: np.dtype
+) -> list[tuple[Array, Array]]:
+    """Hidden states at distinct ages, shuffled, with gaps, as many in each layer as another one has not."""
+    given = []
+    for i in range(config.layers):
+        slots = 4 + i
+        hidden = rng.standard_normal((batch, slots, config.hidden_size)).astype(dtype)
+        age = np.stack([1 + rng.permutation(3 * slots)[:slots] for _ in range(batch)])
+        given.append((hidden, age))
+    return given
+
+
+@dataclass(frozen=True)
+class _Row:
+    """Where one row of a stream stands: what it has read since it was empty."""
+
+    tokens: tuple[int, ...]
+    given: bool
+    """Whether the stream's initial memory is part of its history."""
+
+
+class Answers:
+    """What a right model answers a program."""
+
+    def __init__(self, program: Program) -> None:
+        self._opened: dict[str, Open] = {}
+        self._rows: list[dict[int, _Row]] = []
+        """For each operation the rows of its stream after it."""
+        self._bounds: dict[tuple[str, int, bool], list[tuple[tuple[int, ...], ModelBounds]]] = {}
+        now: dict[str, dict[int, _Row]] = {}
+        kept: dict[str, dict[int, _Row]] = {}
+        for operation in program:
+            name = operation.stream
+            if isinstance(operation, Open):
+                self._opened[name] = operation
+                now[name] = {b: _Row((), operation.memory is not None) for b in range(operation.batch)}
+            elif isinstance(operation, Step):
+                read = operation.tokens.tolist()
+                now[name] = {b: replace(r, tokens=(*r.tokens, *read[b])) for b, r in now[name].items()}
+            elif isinstance(operation, Reset):
+                now[name] = {**now[name], operation.row: _Row((), given=False)}
+            elif isinstance(operation, Save):
+                kept[operation.name] = now[name]
+            elif isinstance(operation, Restore):
+                now[name] = kept[operation.name]
+            self._rows.append(now[name])
+        self._program = program
+
+    def of_step(self, i: int) -> Expected:
+        """Log-probabilities [B, M, V] of operation i, a step."""
+        operation = self._program[i]
+        assert isinstance(operation, Step)  # noqa: S101
+        length = operation.tokens.shape[1]
+        values, bounds = [], []
+        for b in range(len(operation.tokens)):
+            row = self._rows[i][b]
+            expected = self._of_row(operation.stream, b, row).expected()
+            end = len(row.tokens)
+            values.append(expected.value[end - length : end])
+            bounds.append(expected.bound[end - length : end])
+        return Expected(np.stack(values), np.stack(bounds))
+
+    def most_held(self, i: int) -> list[int]:
+        """Memories that each layer may hold at operation i for its fullest row, granularity 1 (BOUND)."""
+        name = self._program[i].stream
+        rows = [(self._of_row(name, b, row), len(row.tokens)) for b, row in self._rows[i].items()]
+        return [
+            max(bounds.live(layer, read) for bounds, read in rows) for layer in range(self._opened[name].config.layers)
+        ]
+
+    def _of_row(self, name: str, b: int, row: _Row) -> ModelBounds:
+        """Bounds of a history of which this row's is the beginning: the longest that the program has."""
+        key = (name, b, row.given)
+        if key not in self._bounds:
+            histories = {rows[b].tokens for rows, o in zip(self._rows, self._program, strict=True)
+                         if o.stream == name and rows[b].given == row.given}  # fmt: skip
+            longest = [h for h in histories if not any(o != h and o[: len(h)] == h for o in histories)]
+            self._bounds[key] = [(h, self._run(name, b, _Row(h, row.given))) for h in longest]
+        return next(bounds for h, bounds in self._bounds[key] if h[: len(row.tokens)] == row.tokens)
+
+    def _run(self, name: str, b: int, row: _Row) -> ModelBounds:
+        opened = self._opened[name]
+        tokens = np.array(row.tokens, np.int64)
+        if not row.given or opened.memory is None:
+            return ModelBounds(opened.config, opened.params, History(tokens))
+        hidden, age = [h[b] for h, _ in opened.memory], [a[b] for _, a in opened.memory]
+        return ModelBounds(opened.config, opened.params, History(tokens, hidden, age))

@@ -1,0 +1,193 @@
+"""What checks ask of models: a program of steps, resets and restores over one stream or several, and how it is run.
+
+A program is data, so Hypothesis draws and shrinks it, a report can show it, and it travels to another process. It is
+run as a whole: what matters about a stream is what it remembers from one call to the next.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from refspan.config import ModelConfig
+from refspan.conformance.guard import Misbehaviour, NotOffered, check_array, one_line
+from refspan.conformance.protocol import Array
+
+
+@dataclass(frozen=True)
+class Open:
+    """Open a stream under a name; a name may be opened anew."""
+
+    stream: str
+    config: ModelConfig
+    params: Mapping[str, Array]
+    batch: int
+    memory: Sequence[tuple[Array, Array]] | None = None
+
+    def __str__(self) -> str:
+        start = "empty" if self.memory is None else f"with {self.memory[0][1].shape[1]} memories"
+        return f"{self.stream} = open_model(batch={self.batch}, {start})"
+
+
+@dataclass(frozen=True)
+class Step:
+    """Read a block; the answer is its log-probabilities."""
+
+    stream: str
+    tokens: Array
+    """[B, M] int64"""
+
+    def __str__(self) -> str:
+        shown = str(self.tokens.tolist()) if self.tokens.size <= 24 else f"[{'x'.join(map(str, self.tokens.shape))}]"
+        return f"{self.stream}.step({shown})"
+
+
+@dataclass(frozen=True)
+class Reset:
+    """Empty one row; the answer is None."""
+
+    stream: str
+    row: int
+
+    def __str__(self) -> str:
+        return f"{self.stream}.reset({self.row})"
+
+
+@dataclass(frozen=True)
+class Size:
+    """Ask how much is held; the answer is one number per layer."""
+
+    stream: str
+
+    def __str__(self) -> str:
+        return f"{self.stream}.memory_size()"
+
+
+@dataclass(frozen=True)
+class Save:
+    """Keep the state of a stream under a name."""
+
+    stream: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.name} = {self.stream}.state()"
+
+
+@dataclass(frozen=True)
+class Restore:
+    """Go on from a kept state."""
+
+    stream: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.stream}.restore({self.name})"
+
+
+@dataclass(frozen=True)
+class Projected:
+    """Ask how many memories were projected to keys and values so far."""
+
+    stream: str
+
+    def __str__(self) -> str:
+        return f"{self.stream}.rows_projected()"
+
+
+Operation = Open | Step | Reset | Size | Save | Restore | Projected
+Program = Sequence[Operation]
+
+
+def run_program(backend: Any, program: Program) -> list[Any]:
+    """Run a program on a backend and check what does not depend on numbers; one answer per operation.
+
+    Raises:
+        Misbehaviour: what the backend did wrong.
+        NotOffered: the backend lacks an operation that the program uses.
+    """
+    if getattr(backend, "open_model", None) is None:
+        raise NotOffered("open_model")
+    return _Runner(backend).run(program)
+
+
+class _Runner:
+    def __init__(self, backend: Any) -> None:
+        self._backend = backend
+        self._streams: dict[str, tuple[Any, Open]] = {}
+        self._states: dict[str, Any] = {}
+        self._handed: list[tuple[str, Array, bytes]] = []
+        """Arrays that the backend was given, and what was in them."""
+        self._returned: list[tuple[str, Array, Array]] = []
+        """Arrays that it returned, and copies."""
+
+    def run(self, program: Program) -> list[Any]:
+        answers = [self._one(operation) for operation in program]
+        for what, array, content in self._handed:
+            if array.tobytes() != content:
+                raise Misbehaviour(f"{what} was changed")
+        for what, array, copy in self._returned:
+            if not np.array_equal(array, copy, equal_nan=True):
+                raise Misbehaviour(f"the array returned by {what} was changed by a later call")
+        return answers
+
+    def _one(self, operation: Operation) -> Any:
+        if isinstance(operation, Open):
+            return self._open(operation)
+        stream, opened = self._streams[operation.stream]
+        if isinstance(operation, Step):
+            tokens = self._hand_over(f"the tokens of {operation}", operation.tokens)
+            got = self._call(str(operation), stream, "step", tokens)
+            like = opened.params["embedding.weight"].dtype
+            shape = (*operation.tokens.shape, opened.config.vocab_size)
+            checked = check_array(f"{operation} returned", got, shape, str(like), {"tokens": tokens})
+            self._returned.append((str(operation), got, checked))
+            return checked
+        if isinstance(operation, Reset):
+            return self._call(str(operation), stream, "reset", operation.row)
+        if isinstance(operation, Save):
+            self._states[operation.name] = self._call(str(operation), stream, "state")
+            return None
+        if isinstance(operation, Restore):
+            return self._call(str(operation), stream, "restore", self._states[operation.name])
+        if isinstance(operation, Projected):
+            return int(self._call(str(operation), stream, "rows_projected"))
+        sizes = self._call(str(operation), stream, "memory_size")
+        try:
+            numbers = [int(size) for size in sizes]
+        except (TypeError, ValueError):
+            raise Misbehaviour(f"{operation} returned {one_line(repr(sizes))}, expected a number per layer") from None
+        if len(numbers) != opened.config.layers:
+            raise Misbehaviour(f"{operation} returned {len(numbers)} numbers, expected one for each layer")
+        return numbers
+
+    def _open(self, operation: Open) -> None:
+        params = {n: self._hand_over(f"parameter {n}", x) for n, x in operation.params.items()}
+        memory = None
+        if operation.memory is not None:
+            memory = [
+                (self._hand_over("the initial memory", hidden), self._hand_over("the initial ages", age))
+                for hidden, age in operation.memory
+            ]
+        options = {"batch": operation.batch, "memory": memory}
+        stream = self._call(str(operation), self._backend, "open_model", operation.config, params, **options)
+        self._streams[operation.stream] = stream, operation
+
+    def _hand_over(self, what: str, array: Array) -> Array:
+        """A read-only copy, to be looked at again in the end."""
+        handed = np.array(array)
+        handed.flags.writeable = False
+        self._handed.append((what, handed, handed.tobytes()))
+        return handed
+
+    def _call(self, what: str, target: Any, name: str, *arguments: Any, **options: Any) -> Any:
+        function = getattr(target, name, None)
+        if function is None:
+            raise NotOffered(name)
+        try:
+            return function(*arguments, **options)
+        except MemoryError:
+            raise Misbehaviour(f"{what} ran out of memory") from None
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the backend did it
+            raise Misbehaviour(f"{what} raised {type(error).__name__}: {one_line(error)}") from None

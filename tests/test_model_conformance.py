@@ -1,0 +1,44 @@
+"""The levels memory and model: right models pass, each wrong one is rejected by the checks that are there for it."""
+
+import pytest
+from wrong_models import MODEL_MUTANTS, Plain
+
+from refspan.conformance import check_backend
+from refspan.conformance.backends.reference import NumpyBackend
+from refspan.conformance.registry import CHECKS
+from refspan.conformance.runner import select
+
+LEVELS = ("memory", "model")
+
+
+def failures(report):
+    return {result.check: result.failure.message for result in report.results if result.status == "failed"}
+
+
+@pytest.mark.parametrize("name", MODEL_MUTANTS)
+def test_wrong_model_is_rejected(name):
+    cls, rejected_by = MODEL_MUTANTS[name]
+    report = check_backend(cls(), checks=rejected_by)
+    assert {result.check: result.status for result in report.results} == dict.fromkeys(rejected_by, "failed")
+
+
+@pytest.mark.parametrize("name", MODEL_MUTANTS)
+def test_wrong_model_is_a_model(name):
+    """A mutant fails for what it says, not for crashing everywhere."""
+    cls, _ = MODEL_MUTANTS[name]
+    messages = failures(check_backend(cls(), levels=LEVELS, examples=6))
+    crashed = [message for message in messages.values() if " raised " in message]
+    assert not crashed or name == "BufferWithoutRoomForTheRamp", crashed
+
+
+def test_every_check_bites():
+    select()
+    biting = {check for _, checks in MODEL_MUTANTS.values() for check in checks}
+    assert biting == {check.id for check in CHECKS.values() if check.level in LEVELS}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+@pytest.mark.parametrize("backend", [NumpyBackend, Plain])
+def test_right_model_is_accepted(backend, dtype, seed_of_run, examples_of_run):
+    report = check_backend(backend(), levels=LEVELS, dtype=dtype, seed=seed_of_run, examples=examples_of_run)
+    assert report.conforms, failures(report)
