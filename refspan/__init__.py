@@ -5,6 +5,7 @@
     span_attention_backward   its hand-written vector-Jacobian product        (GRAD)
     ModelConfig               the shape of a whole model                      (SPAN, LAYER, MODEL)
     loss_and_gradients        one training step's losses and gradients        (LOSS, SHORTEN, AGE, DROP, START)
+    Adam                      the optimiser of the paper: warm-up, clipped gradients
     open_model                streams of tokens through a trained model       (CACHE, AGE, DROP, BOUND)
 
 All of it runs on NumPy, CuPy and any other array library that follows the array API standard.
@@ -14,6 +15,7 @@ All of it runs on NumPy, CuPy and any other array library that follows the array
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from refspan.adam import Adam
 from refspan.attention import AttentionGradients, SavedAttention, span_attention, span_attention_backward
 from refspan.checkpoint import load_model, load_state, save_model, save_state
 from refspan.clauses import CLAUSES
@@ -29,6 +31,7 @@ from refspan.tiles import SCRATCH_BYTES
 __all__ = [
     "CLAUSES",
     "SCRATCH_BYTES",
+    "Adam",
     "AttentionGradients",
     "Dropout",
     "Losses",
