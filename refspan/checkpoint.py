@@ -27,6 +27,9 @@ from refspan.stream import Stream
 LAYOUT = "1"
 """Version of the layout of both kinds of file."""
 
+_DTYPES = ("F16", "F32", "F64", "I64")
+"""Those of parameters and states, by the names of the format; NumPy lacks some others."""
+
 
 def save_model(
     path: str | Path, config: ModelConfig, params: Mapping[str, Array], *, notes: Mapping[str, str] | None = None
@@ -41,7 +44,7 @@ def save_model(
 
     Raises:
         TypeError, ValueError: parameters that do not belong to the config.
-        OSError: the file cannot be written; what was there is untouched.
+        SetupError: the file cannot be written; what was there is untouched.
     """
     check_parameters(config, params)
     arrays = {name: _to_numpy(array) for name, array in params.items()}
@@ -56,6 +59,8 @@ def load_model(path: str | Path) -> tuple[ModelConfig, dict[str, np.ndarray[Any,
     """
     metadata, arrays = _read(path, "refspan_model", "a model, as refspan import and refspan.save_model write")
     config = _config_of(path, metadata)
+    if config.layers > len(arrays):  # or a wrong number would be believed for very long
+        raise SetupError(f"{path}: {len(arrays)} tensors, too few for the {config.layers} layers of its config")
     try:
         check_parameters(config, arrays)
     except (TypeError, ValueError) as error:
@@ -64,7 +69,11 @@ def load_model(path: str | Path) -> tuple[ModelConfig, dict[str, np.ndarray[Any,
 
 
 def save_state(path: str | Path, stream: Stream) -> None:
-    """Write what a stream remembers; a file that is there is replaced once the new one is whole."""
+    """Write what a stream remembers; a file that is there is replaced once the new one is whole.
+
+    Raises:
+        SetupError: the file cannot be written; what was there is untouched.
+    """
     arrays = {name: _to_numpy(array) for name, array in stream.state().items()}
     metadata = {
         "refspan_stream": LAYOUT,
@@ -96,20 +105,24 @@ def load_state(path: str | Path, stream: Stream) -> None:
 
 def fingerprint(config: ModelConfig, params: Mapping[str, Array]) -> str:
     """SHA-256 of a config and the numbers of its parameters, to tell models apart."""
-    digest = hashlib.sha256(_json(config).encode())
+    settings = {name: float(v) if isinstance(v, int) else v for name, v in config.to_dict().items()}  # 8 is 8.0
+    digest = hashlib.sha256(json.dumps(settings).encode())
     for name in sorted(params):
         array = _to_numpy(params[name])
         digest.update(f"{name} {array.dtype} {array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
+        digest.update(array.tobytes())
     return digest.hexdigest()
 
 
 def _to_numpy(array: Array) -> np.ndarray[Any, Any]:
-    return np.asarray(array.get() if is_cupy_array(array) else array)
+    """In rows, one after the other: safetensors writes the memory of a view as it lies."""
+    return np.asarray(array.get() if is_cupy_array(array) else array, order="C")
 
 
 def _read(path: str | Path, kind: str, expected: str) -> tuple[dict[str, str], dict[str, np.ndarray[Any, Any]]]:
     """Metadata and arrays of a file of this kind."""
+    if not Path(path).is_file():
+        raise SetupError(f"{path}: {'is not a regular file' if Path(path).exists() else 'no such file'}")
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = dict(file.metadata() or {})
@@ -117,7 +130,13 @@ def _read(path: str | Path, kind: str, expected: str) -> tuple[dict[str, str], d
                 raise SetupError(f"{path}: not {expected} (its metadata has no {kind})")
             if metadata[kind] != LAYOUT:
                 raise SetupError(f"{path}: layout {metadata[kind]}, this refspan reads {LAYOUT}; use a newer refspan")
-            return metadata, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            arrays = {}
+            for name in file.keys():  # noqa: SIM118 - no mapping
+                dtype = file.get_slice(name).get_dtype()
+                if dtype not in _DTYPES:
+                    raise SetupError(f"{path}: {name}: got {dtype}, expected one of {', '.join(_DTYPES)}")
+                arrays[name] = file.get_tensor(name)
+            return metadata, arrays
     except SafetensorError as error:
         raise SetupError(f"{path}: no whole safetensors file ({error})") from None
     except OSError as error:
@@ -125,12 +144,15 @@ def _read(path: str | Path, kind: str, expected: str) -> tuple[dict[str, str], d
 
 
 def _config_of(path: str | Path, metadata: Mapping[str, str]) -> ModelConfig:
+    if "config" not in metadata:
+        raise SetupError(f"{path}: its metadata has no config")
     try:
-        return ModelConfig.from_dict(json.loads(metadata["config"]))
-    except KeyError:
-        raise SetupError(f"{path}: its metadata has no config") from None
+        settings = json.loads(metadata["config"])
+        if not isinstance(settings, dict):
+            raise TypeError(f"got {settings!r}, expected settings by name")
+        return ModelConfig.from_dict(settings)
     except (TypeError, ValueError) as error:
-        raise SetupError(f"{path}: {error}") from None
+        raise SetupError(f"{path}: model config: {str(error).removeprefix('model config: ')}") from None
 
 
 def _json(config: ModelConfig) -> str:
