@@ -1,6 +1,7 @@
 """The command line. Each command lives in a module of `refspan.commands` that is imported when it is asked for."""
 
 import importlib
+import keyword
 import os
 import sys
 
@@ -11,8 +12,9 @@ from refspan.errors import SetupError
 COMMANDS = {
     "check": "Hold a backend against the specification.",
     "export": "Write an ONNX graph of the attention step or of its gradient.",
+    "import": "Read a model that the original implementation trained.",
 }
-"""Command name -> what it does. The command itself is `refspan.commands.NAME:command`."""
+"""Command name -> what it does. The command itself is `refspan.commands.NAME:command`; `import` is in `import_`."""
 
 
 class LazyGroup(click.Group):
@@ -26,7 +28,8 @@ class LazyGroup(click.Group):
         """Import the command of that name."""
         if cmd_name not in COMMANDS:
             return None
-        command = importlib.import_module(f"refspan.commands.{cmd_name}").command
+        module = f"{cmd_name}_" if keyword.iskeyword(cmd_name) else cmd_name
+        command = importlib.import_module(f"refspan.commands.{module}").command
         assert isinstance(command, click.Command)  # noqa: S101
         return command
 

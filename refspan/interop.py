@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from refspan.arrays import Array, device_of, namespace_of
-from refspan.config import ModelConfig, check_parameters
+from refspan.arrays import Array, check_shape, device_of, namespace_of
+from refspan.config import ModelConfig, check_parameters, parameter_shapes
 from refspan.memory import Memory
 
 SATURATED = 40.0
@@ -41,7 +41,19 @@ _ENDS = {
 }
 _SPAN = "attn.attn.expire_span.span_predictor"
 _POSITION = "attn.attn.key_pe"
-_OTHER_KINDS = ("adapt_span", "feedback", "compress")
+_OTHER_KINDS = ("adapt_span", "feedback", "compress", "staircase")
+_DEFAULTS = {
+    "hid_sz": 256,
+    "inner_hid_sz": 1024,
+    "nlayers": 8,
+    "mem_sz": 64,
+    "nheads": 2,
+    "head_dim": 0,  # 0: hid_sz / nheads
+    "attn_lim": 64,
+    "expire_span_ramp": 32,
+    "expire_span_pre_div": 1,
+}
+"""What the original takes for a setting that is not given."""
 
 
 def from_transformer_sequential(
@@ -51,13 +63,15 @@ def from_transformer_sequential(
 
     Args:
         state: its state dict, name -> array (or tensor); a prefix `module.` and buffers are passed over.
-        settings: its command-line settings by name, `hid_sz` or `hid-sz`; numbers may be strings.
+        settings: its command-line settings by name, `hid_sz` or `hid-sz`; numbers may be strings. Those that are not
+            given have the original's defaults.
 
     Returns:
         The config and the parameters, as NumPy arrays of the dtype that they had.
 
     Raises:
-        ValueError: a setting or an array is missing or fits no other; a kind of model that is not covered.
+        TypeError, ValueError: an array is missing, not known, or not what the settings ask for; a setting that is no
+            number; a kind of model that is not covered.
     """
     given = {name.lstrip("-").replace("-", "_"): value for name, value in settings.items()}
     arrays = {name.removeprefix("module."): np.asarray(array) for name, array in state.items()}
@@ -65,33 +79,36 @@ def from_transformer_sequential(
     params: dict[str, np.ndarray[Any, Any]] = {}
     used = set()
 
-    def take(name: str) -> np.ndarray[Any, Any]:
+    def take(name: str, shape: tuple[int | str, ...] | None = None) -> np.ndarray[Any, Any]:
         if name not in arrays:
             raise ValueError(f"{name}: missing from the checkpoint, which these settings ask for")
+        if shape is not None:
+            check_shape(name, arrays[name], shape)
         used.add(name)
         return arrays[name]
 
     for theirs, ours in _ENDS.items():
         if config.norm == "pre" or not ours.startswith("final_norm"):
             params[ours] = take(theirs)
+    spans, d = _flag(given, "expire_span"), config.hidden_size
+    places = config.block_size if spans else int(config.max_span)
+    like = params["embedding.weight"]
+    shared = f"layers.0.{_POSITION}"
     for i in range(config.layers):
         for theirs, ours in _LAYER.items():
             params[f"layers.{i}.{ours}"] = take(f"layers.{i}.{theirs}")
         weight, bias = f"layers.{i}.{_SPAN}.weight", f"layers.{i}.{_SPAN}.bias"
-        like = params["embedding.weight"]
-        spans = _flag(given, "expire_span")
-        params[f"layers.{i}.span.weight"] = take(weight)[0] if spans else np.zeros(config.hidden_size, like.dtype)
-        params[f"layers.{i}.span.bias"] = take(bias)[0] if spans else np.asarray(SATURATED, like.dtype)
-        table = take(f"layers.{i}.{_POSITION}")
-        if not np.array_equal(table, arrays[f"layers.0.{_POSITION}"]):
+        params[f"layers.{i}.span.weight"] = take(weight, (1, d))[0] if spans else np.zeros(d, like.dtype)
+        params[f"layers.{i}.span.bias"] = take(bias, (1,))[0, ...] if spans else np.asarray(SATURATED, like.dtype)
+        table = take(f"layers.{i}.{_POSITION}", (1, config.head_size, places))  # the farthest distance first
+        if not np.array_equal(table, arrays[shared]):
             raise ValueError(f"layers.{i}.{_POSITION}: differs from that of layer 0, expected one table for all layers")
-    # [1, D, P], the farthest distance first
-    params["position.weight"] = np.ascontiguousarray(arrays[f"layers.0.{_POSITION}"][0].T[::-1])
+    params["position.weight"] = np.ascontiguousarray(arrays[shared][0].T[::-1])
     left = [name for name in arrays if name not in used and not name.endswith("mask_causal")]
     if left:
-        raise ValueError(f"{left[0]}: not known ({len(left)} such); is this an Expire-Span or Transformer-XL model?")
+        raise ValueError(f"{left[0]}: not known to a model of these settings ({len(left)} such)")
     check_parameters(config, params)
-    return config, params
+    return config, {name: params[name] for name in parameter_shapes(config)}
 
 
 def initial_memory(config: ModelConfig, params: Mapping[str, Array], batch: int) -> list[tuple[Array, Array]]:
@@ -121,33 +138,44 @@ def memory_from_hidden(config: ModelConfig, memory: list[tuple[Array, Array]]) -
 def _config(given: Mapping[str, Any], arrays: Mapping[str, np.ndarray[Any, Any]]) -> ModelConfig:
     """Our config for their settings."""
 
-    def number(name: str, default: float | None = None) -> float:
-        value = given.get(name, default)
-        if value is None:
-            raise ValueError(f"setting {name}: missing; expected the command-line settings of the training run")
+    def number(name: str) -> float:
+        value = given.get(name, _DEFAULTS[name])
         try:
-            return float(value)
+            return float("no number" if isinstance(value, bool) else value)
         except (TypeError, ValueError):
             raise ValueError(f"setting {name}: got {value!r}, expected a number") from None
 
+    def count(name: str) -> int:
+        value = number(name)
+        if not value.is_integer():
+            raise ValueError(f"setting {name}: got {value:g}, expected a whole number")
+        return int(value)
+
     other = [name for name in _OTHER_KINDS if _flag(given, name)]
-    if given.get("kind") not in (None, "expire", "txl") or other:
-        raise ValueError(f"setting {(other or ['kind'])[0]}: only Expire-Span and Transformer-XL models can be read")
+    if given.get("kind") not in (None, "expire", "txl"):
+        other.append("kind")
+    if other:
+        raise ValueError(
+            f"setting {other[0]}: got {given[other[0]]!r}; only Expire-Span and Transformer-XL models can be read"
+        )
     if "in_emb.weight" not in arrays:
         raise ValueError("in_emb.weight: missing from the checkpoint; is it one of transformer-sequential?")
-    expires = _flag(given, "expire_span")
-    hidden, heads = int(number("hid_sz")), int(number("nheads"))
+    expires, predictor = _flag(given, "expire_span"), f"layers.0.{_SPAN}.weight"
+    if predictor in arrays and not expires:
+        raise ValueError(f"setting expire_span: missing, but the checkpoint has {predictor}")
+    hidden, heads = count("hid_sz"), count("nheads")
+    check_shape("in_emb.weight", arrays["in_emb.weight"], ("V", hidden))
     return ModelConfig(
         vocab_size=len(arrays["in_emb.weight"]),
         hidden_size=hidden,
-        feedforward_size=int(number("inner_hid_sz", number("ff_sz", 4 * hidden))),
-        layers=int(number("nlayers")),
+        feedforward_size=count("inner_hid_sz"),
+        layers=count("nlayers"),
         heads=heads,
-        head_size=int(number("head_dim", hidden // heads)),
-        block_size=int(number("mem_sz")),
-        max_span=number("attn_lim"),
+        head_size=count("head_dim") or hidden // max(heads, 1),
+        block_size=count("mem_sz"),
+        max_span=count("attn_lim"),
         ramp=number("expire_span_ramp") if expires else 1.0,
-        span_temperature=number("expire_span_pre_div", 1.0) if expires else 1.0,
+        span_temperature=number("expire_span_pre_div") if expires else 1.0,
         norm="pre" if _flag(given, "pre_norm") else "post",
     )
 
