@@ -62,7 +62,7 @@ def models(
         max_span=longest,
         ramp=draw(st.sampled_from((2.0, 1.0, 3.0, 5.0, 16.0, 2.5, 0.5))),
         span_temperature=draw(st.sampled_from((1.0, 2.0, 0.5))),
-        norm=draw(st.sampled_from(norms)),  # type: ignore[arg-type]
+        norm=draw(st.sampled_from(norms)),
     )
     rng = np.random.default_rng(draw(st.integers(0, 2**16)))
     positions = draw(st.sampled_from((block, 1, block - 1, 2 * block + 1)))
@@ -91,6 +91,7 @@ def _spans(rng: np.random.Generator, kind: str, name: str, start: Array) -> Arra
 @st.composite
 def cases(
     draw: st.DrawFn,
+    /,
     dtype: np.dtype,
     *,
     streams: int = 1,

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from refspan.config import ModelConfig
+from refspan.config import ModelConfig, parameter_shapes
 from refspan.conformance.guard import Misbehaviour, NotOffered, check_array, one_line
 from refspan.conformance.protocol import Array
 
@@ -96,7 +96,38 @@ class Projected:
         return f"{self.stream}.rows_projected()"
 
 
-Operation = Open | Step | Reset | Size | Save | Restore | Projected
+@dataclass(frozen=True)
+class Learn:
+    """One block of training; the answer is the two losses and the gradients. Memories go from call to call."""
+
+    stream: str
+    config: ModelConfig
+    params: Mapping[str, Array]
+    tokens: Array
+    """[B, M] int64"""
+    targets: Array
+    """[B, M] int64"""
+    span_loss_weight: float = 0.0
+    span_limit: float | None = None
+
+    def __str__(self) -> str:
+        options = f"span_loss_weight={self.span_loss_weight:g}, span_limit={self.span_limit}"
+        return f"loss_and_gradients({self.stream}, {self.tokens.tolist()}, {self.targets.tolist()}, .., {options})"
+
+
+@dataclass(frozen=True)
+class Initialise:
+    """Parameters to start from; the answer is what they are."""
+
+    stream: str
+    config: ModelConfig
+    seed: int
+
+    def __str__(self) -> str:
+        return f"initial_parameters({self.config}, seed={self.seed})"
+
+
+Operation = Open | Step | Reset | Size | Save | Restore | Projected | Learn | Initialise
 Program = Sequence[Operation]
 
 
@@ -107,8 +138,6 @@ def run_program(backend: Any, program: Program) -> list[Any]:
         Misbehaviour: what the backend did wrong.
         NotOffered: the backend lacks an operation that the program uses.
     """
-    if getattr(backend, "open_model", None) is None:
-        raise NotOffered("open_model")
     return _Runner(backend).run(program)
 
 
@@ -135,6 +164,14 @@ class _Runner:
     def _one(self, operation: Operation) -> Any:
         if isinstance(operation, Open):
             return self._open(operation)
+        if isinstance(operation, Learn):
+            return self._learn(operation)
+        if isinstance(operation, Initialise):
+            said = self._call(str(operation), self._backend, "initial_parameters", operation.config, operation.seed)
+            if not isinstance(said, Mapping):
+                raise Misbehaviour(f"{operation} returned {type(said).__name__}, expected arrays by name")
+            shapes = parameter_shapes(operation.config)
+            return {name: self._like(f"{operation}: {name}", said, name, shape) for name, shape in shapes.items()}
         stream, opened = self._streams[operation.stream]
         if isinstance(operation, Step):
             tokens = self._hand_over(f"the tokens of {operation}", operation.tokens)
@@ -173,6 +210,44 @@ class _Runner:
         options = {"batch": operation.batch, "memory": memory}
         stream = self._call(str(operation), self._backend, "open_model", operation.config, params, **options)
         self._streams[operation.stream] = stream, operation
+
+    def _learn(self, operation: Learn) -> tuple[float, float, dict[str, Array]]:
+        params = {n: self._hand_over(f"parameter {n}", x) for n, x in operation.params.items()}
+        tokens = self._hand_over("the tokens", operation.tokens)
+        targets = self._hand_over("the targets", operation.targets)
+        answer = self._call(
+            str(operation),
+            self._backend,
+            "loss_and_gradients",
+            operation.config,
+            params,
+            tokens,
+            targets,
+            self._states.get(operation.stream),
+            span_loss_weight=operation.span_loss_weight,
+            span_limit=operation.span_limit,
+        )
+        try:
+            (task, span), grads, self._states[operation.stream] = answer
+            losses = float(task), float(span)
+        except (TypeError, ValueError):
+            raise Misbehaviour(
+                f"loss_and_gradients returned {type(answer).__name__}, expected ((task, span), gradients, memory)"
+            ) from None
+        if not isinstance(grads, Mapping):
+            raise Misbehaviour(f"loss_and_gradients returned {type(grads).__name__} for gradients, expected a mapping")
+        checked = {
+            name: check_array(f"gradient of {name}", grads.get(name), array.shape, str(array.dtype), params)
+            for name, array in operation.params.items()
+        }
+        return *losses, checked
+
+    def _like(self, what: str, said: Mapping[str, Any], name: str, shape: tuple[int | str, ...]) -> Array:
+        """An array that was returned under a name, if it has a shape like this."""
+        array = np.asarray(said.get(name))
+        if not isinstance(array, np.ndarray) or any(w not in ("P", s) for w, s in zip(shape, array.shape, strict=True)):
+            raise Misbehaviour(f"{what}: got shape {array.shape}, expected an array of shape {shape}")
+        return np.array(array)
 
     def _hand_over(self, what: str, array: Array) -> Array:
         """A read-only copy, to be looked at again in the end."""

@@ -19,7 +19,14 @@ EXAMPLES = 100
 TIMEOUT = 10.0
 """Seconds that one answer may take, unless said otherwise."""
 
-OPERATIONS = ("soft_mask", "span_attention", "span_attention_backward", "open_model")
+OPERATIONS = (
+    "soft_mask",
+    "span_attention",
+    "span_attention_backward",
+    "open_model",
+    "loss_and_gradients",
+    "initial_parameters",
+)
 
 
 class Stream(Protocol):
@@ -88,3 +95,22 @@ class Backend(Protocol):
         memory: Sequence[tuple[Array, NDArray[np.int64]]] | None = None,
     ) -> Stream:
         """Start `batch` streams. `memory`: None, or one (hidden [B, N, d], age [B, N]) pair per layer."""
+
+    def loss_and_gradients(
+        self,
+        config: Any,
+        params: Mapping[str, Array],
+        tokens: NDArray[np.int64],
+        targets: NDArray[np.int64],
+        memory: Any,
+        *,
+        span_loss_weight: float = 0.0,
+        span_limit: float | None = None,
+    ) -> tuple[tuple[float, float], Mapping[str, Array], Any]:
+        """One block of training: ((task loss, span loss), gradients by the names of `params`, memory for the next).
+
+        `memory`: None to start empty, or what the call for the block before returned, whatever it is made of.
+        """
+
+    def initial_parameters(self, config: Any, seed: int) -> Mapping[str, Array]:
+        """Parameters to start training from."""

@@ -15,7 +15,7 @@ from refspan.conformance.protocol import Array
 from refspan.conformance.sessions import Session
 from refspan.conformance.tolerance import Expected
 
-LEVELS = ("mask", "attention", "gradient", "memory", "model", "golden")
+LEVELS = ("mask", "attention", "gradient", "memory", "model", "training", "golden")
 
 
 @dataclass(frozen=True)

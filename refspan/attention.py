@@ -29,6 +29,9 @@ from refspan.position import position_scores, position_scores_backward
 from refspan.tiles import SCRATCH_BYTES, tiles
 from refspan.visibility import Visibility, visibility
 
+HARMLESS = 30.0
+"""Logits of at most this size need no shift: exp(30) is 1e13, and exp(-30) times the faintest mask still 1e-21."""
+
 
 @dataclass(frozen=True)
 class SavedAttention:
@@ -44,7 +47,7 @@ class SavedAttention:
     output: Array
     """[B, H, M, D], before rounding to the dtype of `query`."""
     peak: Array
-    """[B, H, M, 1], the largest logit among live memories (0 where there is none)."""
+    """[B, H, M, 1], what was subtracted from logits: the largest among live memories, or 0 where that is harmless."""
     total: Array
     """[B, H, M, 1], sum_j m_tj exp(s_tj - peak_t) (1 where no memory is live)."""
     dropout: Dropout | None
@@ -75,9 +78,9 @@ def span_attention(
 ) -> tuple[Array, SavedAttention]:
     """Attention of a block of queries under the soft span mask (PAST, MASK, LOGIT, WEIGHT, EMPTY, OUTPUT).
 
-    The largest live logit is subtracted before the exponential, which changes no weight. Because the sum runs over
-    live memories only and gets no epsilon, a lone survivor has weight exactly 1, and an expired memory cannot push
-    anything out of range. float16 arguments are computed in float32.
+    The largest live logit is subtracted before the exponential, which changes no weight, unless all logits are known
+    to be small (`HARMLESS`). Because the sum runs over live memories only and gets no epsilon, a lone survivor has
+    weight exactly 1, and an expired memory cannot push anything out of range. float16 is computed in float32.
 
     Args:
         query: [B, H, M, D] float16, float32 or float64.
@@ -116,9 +119,11 @@ def span_attention(
             k, v = row.visible(key[b, h, :, :]), row.visible(value[b, h, :, :])  # [h, n, D]
             for m in block:
                 scores, mask = row.scores(query[b, h, m, :], k, m)  # [h, m, n], [m, partial]
-                peak = xp.max(scores, axis=-1, keepdims=True)  # [h, m, 1]
-                peak = xp.where(peak == -xp.inf, xp.zeros_like(peak), peak)
-                scores -= peak
+                if row.largest_logit(query[b, h, m, :], k) > HARMLESS:
+                    peak = xp.max(scores, axis=-1, keepdims=True)  # [h, m, 1]
+                    peak = xp.where(peak == -xp.inf, xp.zeros_like(peak), peak)
+                    peaks[b, h, m, :] = peak
+                    scores -= peak
                 weights = exp_in_place(xp, scores)  # exp(s - peak)   [h, m, n]
                 if mask is not None:
                     weights[..., row.seen.partial] *= xp.astype(mask, dtype, copy=False)
@@ -127,7 +132,7 @@ def span_attention(
                 if dropout is not None:
                     weights *= row.dropped(dropout, b, h, m)
                 output[b, h, m, :] = (weights @ v) / total  # [h, m, D]
-                peaks[b, h, m, :], totals[b, h, m, :] = peak, total
+                totals[b, h, m, :] = total
 
     saved = SavedAttention(query, key, value, span, age, ramp, position, output, peaks, totals, dropout, scratch_bytes)
     return xp.astype(output, query.dtype), saved
@@ -192,7 +197,9 @@ def span_attention_backward(grad_output: Array, saved: SavedAttention) -> Attent
             grad_k, grad_v = xp.zeros_like(k), xp.zeros_like(v)
             for m in block:
                 scores, mask = row.scores(query[b, h, m, :], k, m)  # [h, m, n], [m, partial]
-                scores -= saved.peak[b, h, m, :]
+                peak = saved.peak[b, h, m, :]  # [h, m, 1]
+                if bool(xp.any(peak != 0)):
+                    scores -= peak
                 weights = exp_in_place(xp, scores)  # w = Z a, but for the mask   [h, m, n]
                 if mask is not None:
                     unmasked = xp.asarray(weights[..., partial], copy=True)  # [h, m, partial]
@@ -283,6 +290,17 @@ class _Row:
         mask = mask_at(xp, self.span[partial], distance, self.ramp)
         scores[..., partial] = xp.where(mask > 0, scores[..., partial], -xp.inf)
         return scores, mask
+
+    def largest_logit(self, query: Array, key: Array) -> float:
+        """What no logit exceeds in size: |q . k| <= |q| |k|.   [h, m, D], [h, n, D]."""
+        xp = self.xp
+
+        def longest(x: Array) -> float:
+            x = xp.astype(x, self.dtype, copy=False)
+            return sqrt(float(xp.max(xp.sum(x * x, axis=-1)))) if 0 not in x.shape else 0.0
+
+        reach = longest(key) + (longest(self.position) if self.seen.near.start < self.seen.near.stop else 0.0)
+        return longest(query) * reach / sqrt(query.shape[-1])
 
     def dropped(self, dropout: Dropout, b: int, h: slice, m: slice) -> Array:
         """0 or 1 / (1 - rate) for every weight of a tile.   -> [h, m, n]."""

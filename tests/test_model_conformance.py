@@ -2,6 +2,7 @@
 
 import pytest
 from wrong_models import MODEL_MUTANTS, Plain
+from wrong_training import TRAINING_MUTANTS
 
 from refspan.conformance import check_backend
 from refspan.conformance.backends.reference import NumpyBackend
@@ -9,15 +10,16 @@ from refspan.conformance.registry import CHECKS
 from refspan.conformance.runner import select
 
 LEVELS = ("memory", "model")
+MUTANTS = {**MODEL_MUTANTS, **TRAINING_MUTANTS}
 
 
 def failures(report):
     return {result.check: result.failure.message for result in report.results if result.status == "failed"}
 
 
-@pytest.mark.parametrize("name", MODEL_MUTANTS)
+@pytest.mark.parametrize("name", MUTANTS)
 def test_wrong_model_is_rejected(name):
-    cls, rejected_by = MODEL_MUTANTS[name]
+    cls, rejected_by = MUTANTS[name]
     report = check_backend(cls(), checks=rejected_by)
     assert {result.check: result.status for result in report.results} == dict.fromkeys(rejected_by, "failed")
 
@@ -33,12 +35,14 @@ def test_wrong_model_is_a_model(name):
 
 def test_every_check_bites():
     select()
-    biting = {check for _, checks in MODEL_MUTANTS.values() for check in checks}
-    assert biting == {check.id for check in CHECKS.values() if check.level in LEVELS}
+    biting = {check for _, checks in MUTANTS.values() for check in checks}
+    assert biting == {check.id for check in CHECKS.values() if check.level in (*LEVELS, "training")}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
 @pytest.mark.parametrize("backend", [NumpyBackend, Plain])
 def test_right_model_is_accepted(backend, dtype, seed_of_run, examples_of_run):
-    report = check_backend(backend(), levels=LEVELS, dtype=dtype, seed=seed_of_run, examples=examples_of_run)
+    report = check_backend(
+        backend(), levels=(*LEVELS, "training"), dtype=dtype, seed=seed_of_run, examples=examples_of_run
+    )
     assert report.conforms, failures(report)

@@ -6,6 +6,7 @@ published implementation the docstring names it, as in `wrong`.
 """
 
 import copy
+from typing import ClassVar
 
 import numpy as np
 
@@ -409,7 +410,7 @@ class RestoreGoesByTheClock(Plain):
 
 
 class _OneForAll(PlainStream):
-    kept = {}
+    kept: ClassVar = {}
 
     def __init__(self, rules, config, params, batch, memory):
         super().__init__(rules, config, params, batch, memory)
@@ -451,7 +452,7 @@ class ProjectsAllMemoriesAgain(Plain):
 
 
 class _OneBuffer(PlainStream):
-    buffers = {}
+    buffers: ClassVar = {}
 
     def step(self, tokens):
         log_probs = super().step(tokens)
@@ -645,7 +646,7 @@ class PositionsFromZero(Plain):
 
 
 class _ForgetsOther(PlainStream):
-    seen = []
+    seen: ClassVar = []
 
     def __init__(self, rules, config, params, batch, memory):
         super().__init__(rules, config, params, batch, memory)

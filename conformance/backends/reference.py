@@ -82,6 +82,34 @@ class NumpyBackend:
         )
         return _Stream(self, stream)
 
+    def loss_and_gradients(
+        self,
+        config: ModelConfig,
+        params: Mapping[str, Array],
+        tokens: Array,
+        targets: Array,
+        memory: Sequence[refspan.Memory] | None,
+        *,
+        span_loss_weight: float = 0.0,
+        span_limit: float | None = None,
+    ) -> tuple[tuple[float, float], dict[str, Array], Sequence[refspan.Memory]]:
+        """As in the protocol."""
+        with np.errstate(all="ignore"):
+            losses, grads, memory = refspan.loss_and_gradients(
+                config,
+                {name: self.to_device(x) for name, x in params.items()},
+                self.to_device(tokens),
+                self.to_device(targets),
+                memory,
+                span_loss_weight=span_loss_weight,
+                span_limit=span_limit,
+            )
+        return losses, {name: self.to_numpy(grad) for name, grad in grads.items()}, memory
+
+    def initial_parameters(self, config: ModelConfig, seed: int) -> dict[str, Array]:
+        """As in the protocol."""
+        return refspan.initial_parameters(config, seed)
+
     def _forward(self, *arrays: Array, ramp: float, position: Array | None) -> Any:
         query, key, value, span, age = (self.to_device(array) for array in arrays)
         return refspan.span_attention(query, key, value, span, age, ramp=ramp, position=self.to_device(position))

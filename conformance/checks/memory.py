@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from refspan.conformance.guard import Misbehaviour
 from refspan.conformance.model_cases import Answers, ModelCase, cases
-from refspan.conformance.programs import Open, Projected, Size, Step
+from refspan.conformance.programs import Open, Operation, Program, Projected, Size, Step
 from refspan.conformance.registry import Probe, check
 
 NEEDS = ["open_model"]
@@ -129,7 +129,7 @@ def projected_once(probe: Probe, case: ModelCase) -> None:
 @check("memory.block_split", clauses=["AGE", "MASK"], needs=NEEDS, cost=COST, cases=some())
 def block_split(probe: Probe, case: ModelCase) -> None:
     """Reading token by token gives what reading in blocks gives."""
-    program = []
+    program: list[Operation] = []
     for operation in case.program:
         if isinstance(operation, Step):
             tokens = operation.tokens
@@ -151,7 +151,7 @@ def batch_mates(probe: Probe, case: ModelCase) -> None:
     """A row gets alone what it gets beside others, whatever these hold and forget."""
     opened = case.program[0]
     assert isinstance(opened, Open)  # noqa: S101
-    rows = []
+    rows: list[Program] = []
     for b in range(opened.batch):
         given = opened.memory and [(hidden[b : b + 1], age[b : b + 1]) for hidden, age in opened.memory]
         steps = [replace(o, tokens=o.tokens[b : b + 1]) for o in case.program if isinstance(o, Step)]

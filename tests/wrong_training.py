@@ -1,0 +1,240 @@
+"""Wrong trainers: the reference with one of its functions replaced while it is asked, or its answer changed.
+
+Where a flaw was found in a published implementation the docstring names it, as in `wrong`.
+"""
+
+from unittest.mock import patch
+
+import numpy as np
+
+import refspan
+from refspan import layer, model
+from refspan.conformance.backends.reference import NumpyBackend
+
+TRAINING_MUTANTS = {}
+"""Name -> (class, the checks that must reject it)."""
+
+
+def mutant(*rejected_by):
+    def register(cls):
+        cls.name = cls.__name__
+        TRAINING_MUTANTS[cls.__name__] = (cls, rejected_by)
+        return cls
+
+    return register
+
+
+class Patched(NumpyBackend):
+    """While a block is learnt, `name` of `module` is what `replacement` makes of it."""
+
+    module, name = model, "cross_entropy"
+
+    def replacement(self, original):
+        raise NotImplementedError
+
+    def loss_and_gradients(self, *arguments, **options):
+        original = getattr(self.module, self.name)
+        with patch.object(self.module, self.name, self.replacement(original)):
+            return super().loss_and_gradients(*arguments, **options)
+
+
+@mutant("training.task_loss")
+class SumOverTokens(Patched):
+    """The task loss is a sum, not a mean."""
+
+    def replacement(self, original):
+        return lambda xp, log_probs, targets: original(xp, log_probs, targets) * targets.size
+
+
+@mutant("training.task_loss")
+class FirstRowOnly(Patched):
+    """The task loss of batch row 0."""
+
+    def replacement(self, original):
+        return lambda xp, log_probs, targets: original(xp, log_probs[:1], targets[:1])
+
+
+@mutant("training.span_loss")
+class LossOfRemainingSpans(Patched):
+    """FB (flaw 12): r in place of e, so that the loss is negative; its gradient is right."""
+
+    name = "span_loss"
+
+    def replacement(self, original):
+        def span_loss(xp, span, age, *, queries, ramp, weight):
+            remaining = span[:, None, :] - age[:, None, :] - np.arange(queries)[:, None]
+            on_ramp = (remaining < 0) & (remaining > -ramp) & (age[:, None, :] + np.arange(queries)[:, None] >= 1)
+            return float((remaining * on_ramp).sum()) * weight / (ramp * queries * len(span))
+
+        return span_loss
+
+
+@mutant("training.span_loss_weight")
+class CoefficientNeverApplied(NumpyBackend):
+    """A port of LR (flaw 13): the span-loss coefficient is never applied."""
+
+    def loss_and_gradients(self, *arguments, span_loss_weight=0.0, span_limit=None):
+        return super().loss_and_gradients(*arguments, span_loss_weight=0.5, span_limit=span_limit)
+
+
+@mutant("training.span_loss_weight", "training.gradients")
+class SpanLossTeachesNothing(NumpyBackend):
+    """The span loss is reported, and left out of the gradients."""
+
+    def loss_and_gradients(self, *arguments, span_loss_weight=0.0, span_limit=None):
+        losses, _, memory = super().loss_and_gradients(
+            *arguments, span_loss_weight=span_loss_weight, span_limit=span_limit
+        )
+        _, grads, _ = super().loss_and_gradients(*arguments, span_limit=span_limit)
+        return losses, grads, memory
+
+
+@mutant("training.span_loss")
+class PlateauIsChargedToo(Patched):
+    """Every memory that is still live is charged, not only those on the ramp."""
+
+    name = "span_loss"
+
+    def replacement(self, original):
+        def span_loss(xp, span, age, *, queries, ramp, weight):
+            distance = age[:, None, :] + np.arange(queries)[:, None]
+            live = (distance >= 1) & (distance < span[:, None, :] + ramp)
+            return float((span[:, None, :] * live).sum()) * weight / (ramp * queries * len(span))
+
+        return span_loss
+
+
+@mutant("training.span_loss")
+class SpanLossSummedOverTheBatch(Patched):
+    """The batch mean is forgotten."""
+
+    name = "span_loss"
+
+    def replacement(self, original):
+        return lambda xp, span, age, **options: original(xp, span, age, **options) * len(span)
+
+
+@mutant("training.shortening")
+class ShorteningDeletesMemories(Patched):
+    """LR (flaw 7): the limit of one step decides what is kept for all later ones."""
+
+    name = "expired"
+
+    def loss_and_gradients(self, *arguments, span_loss_weight=0.0, span_limit=None):
+        self.limit = span_limit
+        return super().loss_and_gradients(*arguments, span_loss_weight=span_loss_weight, span_limit=span_limit)
+
+    def replacement(self, original):
+        limit = np.inf if self.limit is None else self.limit
+        return lambda xp, span, age, ramp: original(xp, np.minimum(span, limit), age, ramp)
+
+
+@mutant("training.shortening")
+class NeverShortens(NumpyBackend):
+    """The limit is ignored."""
+
+    def loss_and_gradients(self, *arguments, span_loss_weight=0.0, span_limit=None):
+        return super().loss_and_gradients(*arguments, span_loss_weight=span_loss_weight)
+
+
+@mutant("training.gradients")
+class ShortenedSpansLearn(Patched):
+    """Spans that were cut short get the gradient of what is left of them."""
+
+    module, name = layer, "shorten_backward"
+
+    def replacement(self, original):
+        return lambda xp, grad, span, limit: grad
+
+
+@mutant("training.gradients")
+class TemperatureForgottenInTheGradient(Patched):
+    """The span predictor's weight learns as if nothing divided the hidden states."""
+
+    module, name = layer, "expire_span_backward"
+
+    def replacement(self, original):
+        def backward(xp, grad_span, hidden, weight, bias, *, max_span, temperature):
+            grad_hidden, grad_weight, grad_bias = original(
+                xp, grad_span, hidden, weight, bias, max_span=max_span, temperature=temperature
+            )
+            return grad_hidden, grad_weight * temperature, grad_bias
+
+        return backward
+
+
+@mutant("training.gradients")
+class LastTokenWins(Patched):
+    """Gradients of embeddings are assigned, not added: of tokens that repeat the last one counts."""
+
+    name = "embedding_backward"
+
+    def replacement(self, original):
+        def backward(xp, grad_rows, tokens, weight):
+            grad = np.zeros_like(weight)
+            grad[tokens.reshape(-1)] = grad_rows.reshape(-1, weight.shape[1])
+            return grad
+
+        return backward
+
+
+@mutant("training.gradients")
+class BlockKeysAreConstants(Patched):
+    """The block's own keys and values are taken for memories, through which no gradient flows back."""
+
+    module, name = layer, "linear_backward"
+
+    def replacement(self, original):
+        def backward(xp, grad_y, x, weight):
+            grad_x, grad_weight = original(xp, grad_y, x, weight)
+            return (0 * grad_x if grad_y.shape[1] == x.shape[1] > self.length else grad_x), grad_weight
+
+        return backward
+
+    def loss_and_gradients(self, config, params, tokens, targets, memory, **options):
+        self.length = tokens.shape[1]
+        return super().loss_and_gradients(config, params, tokens, targets, memory, **options)
+
+
+@mutant("training.gradients")
+class NormWithoutMeanGradient(Patched):
+    """Layer norm's backward forgets that the mean depends on every number."""
+
+    module, name = layer, "layer_norm_backward"
+
+    def replacement(self, original):
+        def backward(xp, grad_y, x, weight):
+            grad_x, grad_weight, grad_bias = original(xp, grad_y, x, weight)
+            deviation = np.sqrt(x.var(axis=-1, keepdims=True) + 1e-5)
+            return grad_x + (grad_y * weight).mean(axis=-1, keepdims=True) / deviation, grad_weight, grad_bias
+
+        return backward
+
+
+@mutant("training.task_loss")
+class MemoryIsThrownAway(NumpyBackend):
+    """Every block starts empty."""
+
+    def loss_and_gradients(self, config, params, tokens, targets, memory, **options):
+        return super().loss_and_gradients(config, params, tokens, targets, None, **options)
+
+
+@mutant("training.initial_spans")
+class BiasAtMinusMaxSpan(NumpyBackend):
+    """LR (flaw 8): the bias starts at -max_span, where the sigmoid underflows and spans can never learn."""
+
+    def initial_parameters(self, config, seed):
+        params = super().initial_parameters(config, seed)
+        return {n: np.float32(-config.max_span) * np.ones((), "f4") if n.endswith("span.bias") else x
+                for n, x in params.items()}  # fmt: skip
+
+
+@mutant("training.initial_spans")
+class SpansStartAtRandom(NumpyBackend):
+    """The weight of the span predictor starts as other weights do."""
+
+    def initial_parameters(self, config, seed):
+        params = refspan.initial_parameters(config, seed)
+        rng = np.random.default_rng(seed)
+        return {n: x + 0.1 * rng.standard_normal(x.shape).astype("f4") if n.endswith("span.weight") else x
+                for n, x in params.items()}  # fmt: skip
