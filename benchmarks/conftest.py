@@ -17,9 +17,9 @@ ROWS = []
 
 @pytest.fixture
 def side_by_side(benchmark, request):
-    """Call with contender, baseline and the ratio that is the target."""
+    """Call with contender, baseline and the ratio that is the target; `note` is called last, for a remark."""
 
-    def compare(contender, baseline, target, *, turns=6):
+    def compare(contender, baseline, target, *, turns=6, note=str):
         baseline_seconds, calls = [], iter(range(turns * TURN))
 
         def before_each_call():
@@ -37,7 +37,8 @@ def side_by_side(benchmark, request):
         benchmark.pedantic(contender, setup=before_each_call, rounds=turns * TURN)
         ratio = median(benchmark.stats.stats.data) / median(baseline_seconds)
         benchmark.extra_info.update(baseline_ms=median(baseline_seconds) * 1e3, ratio=ratio, target=target)
-        ROWS.append((request.node.name, median(benchmark.stats.stats.data) * 1e3, f"{ratio:.2f}", f"<= {target}"))
+        milliseconds = median(benchmark.stats.stats.data) * 1e3
+        ROWS.append((request.node.name, milliseconds, f"{ratio:.2f}", f"<= {target}  {note()}".rstrip()))
         return ratio
 
     return compare
@@ -46,7 +47,9 @@ def side_by_side(benchmark, request):
 @pytest.fixture
 def record_memory(request):
     """Call with peak memory in MiB and the target."""
-    return lambda peak, target: ROWS.append((request.node.name, float("nan"), f"{peak:.0f} MiB", f"<= {target} MiB"))
+    return lambda peak, target: ROWS.append(
+        (request.node.name, float("nan"), f"{peak:.0f} MiB", f"<= {target:.0f} MiB")
+    )
 
 
 def pytest_terminal_summary(terminalreporter):
