@@ -24,10 +24,10 @@ from refspan.arrays import (
     namespace_of,
 )
 from refspan.dropout import Dropout
-from refspan.mask import distance_of, grad_span_of, mask_at
-from refspan.position import position_scores, position_scores_backward
+from refspan.mask import grad_span_of
+from refspan.position import position_scores_backward
+from refspan.row import Row
 from refspan.tiles import SCRATCH_BYTES, tiles
-from refspan.visibility import Visibility, visibility
 
 HARMLESS = 30.0
 """Logits of at most this size need no shift: exp(30) is 1e13, and exp(-30) times the faintest mask still 1e-21."""
@@ -113,25 +113,29 @@ def span_attention(
     numbers = scratch_bytes * 8 // xp.finfo(dtype).bits // 2  # weights, and the position scores or the masked part
 
     for b in range(batch):
-        row = _Row.of(xp, span[b, :], age[b, :], queries, ramp, position, dtype)
+        row = Row.of(xp, span[b, :], age[b, :], queries, ramp, position, dtype)
+        k, v = row.visible(key[b, ...]), row.visible(value[b, ...])  # [H, n, D]
+        q = xp.astype(query[b, ...], dtype) * (1 / sqrt(head_size))  # [H, M, D]
+        small = row.largest_logit(q, k) <= HARMLESS
         ones = xp.ones((row.seen.visible, 1), **new)  # a product with it is a sum over memories   [n, 1]
-        for h, block in tiles(heads, queries, row.seen.visible, numbers):
-            k, v = row.visible(key[b, h, :, :]), row.visible(value[b, h, :, :])  # [h, n, D]
-            for m in block:
-                scores, mask = row.scores(query[b, h, m, :], k, m)  # [h, m, n], [m, partial]
-                if row.largest_logit(query[b, h, m, :], k) > HARMLESS:
-                    peak = xp.max(scores, axis=-1, keepdims=True)  # [h, m, 1]
+        heads_of_tile, queries_of_tile = tiles(heads, queries, row.seen.visible, numbers)
+        for m in queries_of_tile:
+            mask = row.mask(m)  # [m, partial]
+            for h in heads_of_tile:
+                weights = row.scores(q[h, m, :], k[h, ...], m, mask)  # [h, m, n]
+                if not small:
+                    peak = xp.max(weights, axis=-1, keepdims=True)  # [h, m, 1]
                     peak = xp.where(peak == -xp.inf, xp.zeros_like(peak), peak)
                     peaks[b, h, m, :] = peak
-                    scores -= peak
-                weights = exp_in_place(xp, scores)  # exp(s - peak)   [h, m, n]
+                    weights -= peak
+                weights = exp_in_place(xp, weights)  # exp(s - peak)
                 if mask is not None:
                     weights[..., row.seen.partial] *= xp.astype(mask, dtype, copy=False)
                 total = weights @ ones  # [h, m, 1]
                 total = xp.where(total == 0, xp.ones_like(total), total)  # EMPTY: 0 / 1
                 if dropout is not None:
                     weights *= row.dropped(dropout, b, h, m)
-                output[b, h, m, :] = (weights @ v) / total  # [h, m, D]
+                output[b, h, m, :] = (weights @ v[h, ...]) / total  # [h, m, D]
                 totals[b, h, m, :] = total
 
     saved = SavedAttention(query, key, value, span, age, ramp, position, output, peaks, totals, dropout, scratch_bytes)
@@ -189,27 +193,30 @@ def span_attention_backward(grad_output: Array, saved: SavedAttention) -> Attent
     numbers = saved.scratch_bytes * 8 // xp.finfo(dtype).bits // 4  # weights, their gradients, and parts of both
 
     for b in range(batch):
-        row = _Row.of(xp, saved.span[b, :], saved.age[b, :], queries, saved.ramp, position, dtype)
+        row = Row.of(xp, saved.span[b, :], saved.age[b, :], queries, saved.ramp, position, dtype)
         near, partial = row.seen.near, row.seen.partial
+        k, v = row.visible(key[b, ...]), row.visible(value[b, ...])  # [H, n, D]
+        q = xp.astype(query[b, ...], dtype) * scale  # [H, M, D]
+        grad_k, grad_v = xp.zeros_like(k), xp.zeros_like(v)
         grad_s = xp.zeros((partial.stop - partial.start,), **new)  # of the partial memories' spans
-        for h, block in tiles(heads, queries, row.seen.visible, numbers):
-            k, v = row.visible(key[b, h, :, :]), row.visible(value[b, h, :, :])  # [h, n, D]
-            grad_k, grad_v = xp.zeros_like(k), xp.zeros_like(v)
-            for m in block:
-                scores, mask = row.scores(query[b, h, m, :], k, m)  # [h, m, n], [m, partial]
+        heads_of_tile, queries_of_tile = tiles(heads, queries, row.seen.visible, numbers)
+        for m in queries_of_tile:
+            mask = row.mask(m)  # [m, partial]
+            for h in heads_of_tile:
+                weights = row.scores(q[h, m, :], k[h, ...], m, mask)  # [h, m, n]
                 peak = saved.peak[b, h, m, :]  # [h, m, 1]
                 if bool(xp.any(peak != 0)):
-                    scores -= peak
-                weights = exp_in_place(xp, scores)  # w = Z a, but for the mask   [h, m, n]
+                    weights -= peak
+                weights = exp_in_place(xp, weights)  # w = Z a, but for the mask
                 if mask is not None:
                     unmasked = xp.asarray(weights[..., partial], copy=True)  # [h, m, partial]
                     weights[..., partial] *= xp.astype(mask, dtype, copy=False)
 
                 g = xp.astype(grad_output[b, h, m, :], dtype) / saved.total[b, h, m, :]  # g / Z   [h, m, D]
                 kept = None if saved.dropout is None else row.dropped(saved.dropout, b, h, m)  # x   [h, m, n]
-                grad_v += xp.matrix_transpose(weights if kept is None else weights * kept) @ g  # [h, n, D]
+                grad_v[h, ...] += xp.matrix_transpose(weights if kept is None else weights * kept) @ g  # [h, n, D]
                 c = xp.sum(g * saved.output[b, h, m, :], axis=-1, keepdims=True)  # c / Z   [h, m, 1]
-                grad_weights = g @ xp.matrix_transpose(v)  # [h, m, n]
+                grad_weights = g @ xp.matrix_transpose(v[h, ...])  # [h, m, n]
                 if kept is not None:
                     grad_weights *= kept
                 grad_weights -= c  # (da - c) / Z
@@ -219,18 +226,17 @@ def span_attention_backward(grad_output: Array, saved: SavedAttention) -> Attent
                     grad_s += grad_span_of(xp, grad_mask, mask, saved.ramp)  # [partial]
 
                 weights *= grad_weights  # ds = a (da - c)   [h, m, n]
-                q = xp.astype(query[b, h, m, :], dtype) * scale  # [h, m, D]
-                grad_q = weights @ k  # [h, m, D]
-                grad_k += xp.matrix_transpose(weights) @ q  # [h, n, D]
+                grad_q = weights @ k[h, ...]  # [h, m, D]
+                grad_k[h, ...] += xp.matrix_transpose(weights) @ q[h, m, :]  # [h, n, D]
                 if near.start < near.stop:
                     grad_q_near, grad_p = position_scores_backward(
-                        xp, weights[..., near], q, row.position, row.age[near] + m.start
+                        xp, weights[..., near], q[h, m, :], row.position, row.age[near] + m.start
                     )
                     grad_q += grad_q_near
                     grad_position += grad_p
                 grad_query[b, h, m, :] = grad_q * scale
-            grad_key[b, h, :, :] = row.seen.scatter(grad_k, memories)
-            grad_value[b, h, :, :] = row.seen.scatter(grad_v, memories)
+        grad_key[b, ...] = row.seen.scatter(grad_k, memories)
+        grad_value[b, ...] = row.seen.scatter(grad_v, memories)
         ahead = xp.zeros((partial.start,), **new)  # the full memories, that the block's queries teach nothing
         grad_span[b, :] = row.seen.scatter(xp.concat([ahead, grad_s])[:, None], memories)[:, 0]
 
@@ -241,73 +247,6 @@ def span_attention_backward(grad_output: Array, saved: SavedAttention) -> Attent
         span=xp.astype(grad_span, saved.span.dtype, copy=False),
         position=None if position is None else xp.astype(grad_position, position.dtype, copy=False),
     )
-
-
-@dataclass(frozen=True)
-class _Row:
-    """The memories of one batch row that its block of queries can see, n of them in the order of `seen`."""
-
-    xp: Any
-    seen: Visibility
-    span: Array
-    """[n]"""
-    age: Array
-    """[n]"""
-    ramp: float
-    position: Array | None
-    dtype: Any
-
-    @classmethod
-    def of(
-        cls, xp: Any, span: Array, age: Array, queries: int, ramp: float, position: Array | None, dtype: Any
-    ) -> "_Row":
-        """The visible part of one row, `span` [N] and `age` [N]; spans at least as wide as `dtype` (WIDTH)."""
-        span = xp.astype(span, xp.result_type(span.dtype, dtype))
-        positions = 0 if position is None else position.shape[0]
-        seen = visibility(xp, span, age, queries=queries, ramp=ramp, positions=positions)
-        position = None if position is None else xp.astype(position, dtype)
-        pick = seen.gather
-        return cls(xp, seen, pick(span[:, None])[:, 0], pick(age[:, None])[:, 0], ramp, position, dtype)
-
-    def visible(self, x: Array) -> Array:
-        """[h, N, D] -> [h, n, D], in the dtype of the computation."""
-        return self.xp.astype(self.seen.gather(x), self.dtype, copy=False)
-
-    def scores(self, query: Array, key: Array, m: slice) -> tuple[Array, Array | None]:
-        """Logits of queries `m` (LOGIT), -inf where the mask is 0; and the mask of the partial memories, if any.
-
-        [h, m, D], [h, n, D] -> [h, m, n], [m, partial].
-        """
-        xp, near, partial = self.xp, self.seen.near, self.seen.partial
-        q = xp.astype(query, self.dtype) * (1 / sqrt(query.shape[-1]))  # [h, m, D]
-        scores = q @ xp.matrix_transpose(key)  # [h, m, n]
-        age = self.age + m.start  # age as seen from the tile's first query
-        if near.start < near.stop:
-            scores[..., near] += position_scores(xp, q, self.position, age[near])
-        if partial.start == partial.stop:
-            return scores, None
-        distance = distance_of(xp, age[partial], m.stop - m.start)  # [m, partial]
-        mask = mask_at(xp, self.span[partial], distance, self.ramp)
-        scores[..., partial] = xp.where(mask > 0, scores[..., partial], -xp.inf)
-        return scores, mask
-
-    def largest_logit(self, query: Array, key: Array) -> float:
-        """What no logit exceeds in size: |q . k| <= |q| |k|.   [h, m, D], [h, n, D]."""
-        xp = self.xp
-
-        def longest(x: Array) -> float:
-            x = xp.astype(x, self.dtype, copy=False)
-            return sqrt(float(xp.max(xp.sum(x * x, axis=-1)))) if 0 not in x.shape else 0.0
-
-        reach = longest(key) + (longest(self.position) if self.seen.near.start < self.seen.near.stop else 0.0)
-        return longest(query) * reach / sqrt(query.shape[-1])
-
-    def dropped(self, dropout: Dropout, b: int, h: slice, m: slice) -> Array:
-        """0 or 1 / (1 - rate) for every weight of a tile.   -> [h, m, n]."""
-        xp, new = self.xp, {"dtype": self.xp.int64, "device": device_of(self.age)}
-        head = xp.arange(h.start, h.stop, **new)[:, None, None]
-        query = xp.arange(m.start, m.stop, **new)[:, None]
-        return dropout.scale(xp, self.dtype, xp.asarray(b, **new), head, query, self.age)
 
 
 def _namespace(query: Array, key: Array, value: Array, span: Array, age: Array, position: Array | None) -> Any:

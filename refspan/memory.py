@@ -48,17 +48,25 @@ class Memory:
         """After a block of M queries: every age grows by M (AGE)."""
         return Memory(self.age + queries, self.contents)
 
-    def drop(self, xp: Any, unwanted: Array) -> "Memory":
-        """Without the memories marked in `unwanted` [B, N], in as few slots as the longest row needs (BOUND)."""
+    def drop(self, xp: Any, unwanted: Array, rank: Array | None = None) -> "Memory":
+        """Without the memories marked in `unwanted` [B, N], in as few slots as the longest row needs (BOUND).
+
+        `rank` [B, N] int64: those that are left stand in its order, else in the order that they had.
+        """
         wanted = self.held & ~unwanted
         counts = [int(count) for count in xp.sum(xp.astype(wanted, xp.int64), axis=1)]
-        slots = max(counts, default=0)
-        if slots == self.slots and min(counts) == slots:
+        batch, slots = len(counts), max(counts, default=0)
+        rank = xp.where(wanted, xp.zeros_like(self.age) if rank is None else rank, 2**62)
+        if slots == self.slots and min(counts) == slots and not bool(xp.any(rank[:, 1:] < rank[:, :-1])):
             return self
-        order = xp.argsort(xp.astype(~wanted, xp.int64), axis=1, stable=True)[:, :slots]  # the wanted ones first
+        order = xp.argsort(rank, axis=1, stable=True)[:, :slots]
+        rows = xp.arange(batch, dtype=xp.int64, device=device_of(order))[:, None]
+        places = xp.reshape(order + rows * self.slots, (-1,))
 
         def keep(x: Array) -> Array:
-            return xp.stack([xp.take(x[b, ...], order[b, :], axis=0) for b in range(x.shape[0])])
+            """[B, N, ..] -> [B, slots, ..]."""
+            sizes = x.shape[2:]
+            return xp.reshape(xp.take(xp.reshape(x, (-1, *sizes)), places, axis=0), (batch, slots, *sizes))
 
         age = xp.where(keep(wanted), keep(self.age), NEVER)
         return Memory(age, {name: keep(x) for name, x in self.contents.items()})

@@ -15,6 +15,7 @@ from refspan.layer_norm import layer_norm
 from refspan.linear import linear
 from refspan.memory import NEVER, Memory, empty_memory, expired
 from refspan.model import check_tokens, layer_parameters, widened
+from refspan.visibility import group_of
 
 
 class MemoryLimitError(ValueError):
@@ -175,8 +176,13 @@ class Stream:
 
     def _aged(self, i: int, memory: Memory, queries: int) -> Memory:
         """After a block of M queries (AGE), without what has expired (DROP)."""
+        xp, config = self._xp, self._config
         memory = memory.advance(queries)
-        memory = memory.drop(self._xp, expired(self._xp, memory.contents["span"], memory.age, self._config.ramp))
+        span = memory.contents["span"]
+        # In the order in which attention over the next block will want them, if that one is as long.
+        positions = int(self._params["position.weight"].shape[0])
+        rank = group_of(xp, span, memory.age, queries=max(1, queries), ramp=config.ramp, positions=positions)
+        memory = memory.drop(xp, expired(xp, span, memory.age, config.ramp), rank)
         if self._max_memories is not None and memory.slots > self._max_memories:
             raise MemoryLimitError(
                 f"layer {i} would hold {memory.slots} memories, the limit is {self._max_memories} (max_memories); "

@@ -1,11 +1,11 @@
 """Which memories a block of queries can see at all: what is dead costs nothing (clause DROP, applied to one step).
 
-Memories are sorted into five groups, so that each piece of work runs on one contiguous range of slots:
+Memories are sorted into four groups, so that each piece of work runs on one contiguous range of slots:
 
-    far full | near full | near partial | far partial | dead
-               '-------- near --------'                            has a position score
-                           '------- partial -------'               the mask must be computed
-    '---------------- visible ---------------------'               has a logit at all
+    far full | far partial | near | dead
+                           '------'         near: has a position score
+               '------------------'         partial: the mask must be computed
+    '-----------------------------'         visible: has a logit at all
 
 full: every query of the block sees it with mask 1. dead: every query of the block sees it with mask 0. No result
 depends on the order of memories, so this order is as good as any.
@@ -58,26 +58,30 @@ def visible_memories(xp: Any, span: Array, age: Array, *, queries: int, ramp: fl
     return (age + (queries - 1) >= 1) & (mask_at(xp, span, first, ramp) > 0)
 
 
-def visibility(xp: Any, span: Array, age: Array, *, queries: int, ramp: float, positions: int) -> Visibility:
-    """Sort the memories of one batch row, `span` [N] and `age` [N], into the groups above.
+def group_of(xp: Any, span: Array, age: Array, *, queries: int, ramp: float, positions: int) -> Array:
+    """The group of each memory, 0 to 3 in the order above.   [.., N], [.., N] -> int64 [.., N].
 
     A mask only falls with distance, so two queries tell all: the first one that may see the memory, and the last one
     (distance age + M - 1).
     """
-    first, last = xp.where(age > 1, age, xp.ones_like(age)), age + (queries - 1)
-    seen = visible_memories(xp, span, age, queries=queries, ramp=ramp)
+    last = age + (queries - 1)
     full = (age >= 1) & (mask_at(xp, span, last, ramp) == 1)
-    near = (last >= 1) & (first <= positions)
+    near = (last >= 1) & (age <= positions) & (positions > 0)
+    seen = visible_memories(xp, span, age, queries=queries, ramp=ramp)
+    group = xp.where(full, xp.zeros_like(age), xp.ones_like(age))
+    return xp.where(seen, xp.where(near, 2, group), 3)
 
-    group = xp.where(full, xp.where(near, xp.ones_like(age), 0), xp.where(near, 2 * xp.ones_like(age), 3))
-    group = xp.where(seen, group, 4)
+
+def visibility(xp: Any, span: Array, age: Array, *, queries: int, ramp: float, positions: int) -> Visibility:
+    """Sort the memories of one batch row, `span` [N] and `age` [N], into the groups above."""
+    group = group_of(xp, span, age, queries=queries, ramp=ramp, positions=positions)
     order = xp.argsort(group, stable=True)
-    sizes = [int(xp.sum(xp.astype(group == g, xp.int64))) for g in range(4)]
+    sizes = [int(xp.sum(xp.astype(group == g, xp.int64))) for g in range(3)]
     unsorted = bool(xp.any(group[1:] < group[:-1]))
     return Visibility(
         xp=xp,
         order=order if unsorted else None,
         visible=sum(sizes),
-        near=slice(sizes[0], sum(sizes[:3])),
-        partial=slice(sum(sizes[:2]), sum(sizes)),
+        near=slice(sum(sizes[:2]), sum(sizes)),
+        partial=slice(sizes[0], sum(sizes)),
     )
