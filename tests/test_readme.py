@@ -1,0 +1,28 @@
+"""The README's Python runs as it stands there, one block after the other, after the exports that it shows."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+PYTHON = [block for block in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL) if "# mine.py" not in block]
+EXPORTS = re.findall(r"^refspan (export .*?) *(?:#.*)?$", README, flags=re.MULTILINE)
+
+
+def test_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("onnxruntime")
+    from refspan.__main__ import cli
+
+    monkeypatch.chdir(tmp_path)
+    assert EXPORTS
+    for line in EXPORTS:
+        assert CliRunner().invoke(cli, line.split()).exit_code == 0, line
+    assert len(PYTHON) >= 4
+    (tmp_path / "readme.py").write_text("\n".join(PYTHON))
+    runpy.run_path("readme.py")
+    printed = capsys.readouterr().out
+    assert float(re.search(r"(\S+) nats per byte", printed)[1]) < 1
+    assert "[0. 1. 1. 1.]" in printed
