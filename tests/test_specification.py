@@ -105,10 +105,8 @@ def test_section_lists_the_checks_of_its_clause(clause):
     expected = [check.id for check in select() if clause in check.clauses]
     assert expected, f"no check cites {clause}: write one in conformance/checks/ with clauses=[.., '{clause}']"
     written = re.findall(r"`([^`]+)`", paragraph(clause, "Checks"))
-    line = f"Checks: {', '.join(f'`{id_}`' for id_ in expected)}"
-    assert written == expected, (
-        f"## {clause}: the checks that cite it are others; write\n\n{textwrap.fill(line, 120, break_on_hyphens=False)}\n"
-    )
+    line = textwrap.fill(f"Checks: {', '.join(f'`{id_}`' for id_ in expected)}", 120, break_on_hyphens=False)
+    assert written == expected, f"## {clause}: the checks that cite it are others; write\n\n{line}\n"
 
 
 @pytest.mark.parametrize("clause", CLAUSES)
