@@ -245,7 +245,7 @@ class _Runner:
     def _like(self, what: str, said: Mapping[str, Any], name: str, shape: tuple[int | str, ...]) -> Array:
         """An array that was returned under a name, if it has a shape like this."""
         array = np.asarray(said.get(name))
-        if not isinstance(array, np.ndarray) or any(w not in ("P", s) for w, s in zip(shape, array.shape, strict=True)):
+        if array.ndim != len(shape) or any(w not in ("P", s) for w, s in zip(shape, array.shape, strict=True)):
             raise Misbehaviour(f"{what}: got shape {array.shape}, expected an array of shape {shape}")
         return np.array(array)
 

@@ -46,8 +46,8 @@ class SavedAttention:
     position: Array | None
     output: Array
     """[B, H, M, D], before rounding to the dtype of `query`."""
-    peak: Array
-    """[B, H, M, 1], what was subtracted from logits: the largest among live memories, or 0 where that is harmless."""
+    peak: Array | None
+    """[B, H, M, 1], what was subtracted from logits: the largest among live memories; None if that is harmless."""
     total: Array
     """[B, H, M, 1], sum_j m_tj exp(s_tj - peak_t) (1 where no memory is live)."""
     dropout: Dropout | None
@@ -109,6 +109,7 @@ def span_attention(
     new = {"dtype": dtype, "device": device_of(query)}
     output = xp.zeros((batch, heads, queries, head_size), **new)
     peaks = xp.zeros((batch, heads, queries, 1), **new)
+    shifted = False
     totals = xp.ones((batch, heads, queries, 1), **new)
     numbers = scratch_bytes * 8 // xp.finfo(dtype).bits // 2  # weights, and the position scores or the masked part
 
@@ -122,8 +123,10 @@ def span_attention(
         for m in queries_of_tile:
             mask = row.mask(m)  # [m, partial]
             for h in heads_of_tile:
-                weights = row.scores(q[h, m, :], k[h, ...], m, mask)  # [h, m, n]
+                weights = row.scores(q[h, m, :], k[h, ...], m)  # [h, m, n]
                 if not small:
+                    shifted = True
+                    row.hide_unseen(weights, mask)
                     peak = xp.max(weights, axis=-1, keepdims=True)  # [h, m, 1]
                     peak = xp.where(peak == -xp.inf, xp.zeros_like(peak), peak)
                     peaks[b, h, m, :] = peak
@@ -138,7 +141,8 @@ def span_attention(
                 output[b, h, m, :] = (weights @ v[h, ...]) / total  # [h, m, D]
                 totals[b, h, m, :] = total
 
-    saved = SavedAttention(query, key, value, span, age, ramp, position, output, peaks, totals, dropout, scratch_bytes)
+    peak = peaks if shifted else None
+    saved = SavedAttention(query, key, value, span, age, ramp, position, output, peak, totals, dropout, scratch_bytes)
     return xp.astype(output, query.dtype), saved
 
 
@@ -203,10 +207,10 @@ def span_attention_backward(grad_output: Array, saved: SavedAttention) -> Attent
         for m in queries_of_tile:
             mask = row.mask(m)  # [m, partial]
             for h in heads_of_tile:
-                weights = row.scores(q[h, m, :], k[h, ...], m, mask)  # [h, m, n]
-                peak = saved.peak[b, h, m, :]  # [h, m, 1]
-                if bool(xp.any(peak != 0)):
-                    weights -= peak
+                weights = row.scores(q[h, m, :], k[h, ...], m)  # [h, m, n]
+                if saved.peak is not None:
+                    row.hide_unseen(weights, mask)
+                    weights -= saved.peak[b, h, m, :]  # [h, m, 1]
                 weights = exp_in_place(xp, weights)  # w = Z a, but for the mask
                 if mask is not None:
                     unmasked = xp.asarray(weights[..., partial], copy=True)  # [h, m, partial]

@@ -37,7 +37,7 @@ def feedforward_backward(
     relu'(z) = 1[z > 0], and a number that dropout has zeroed passes no gradient either: both read off `active` > 0.
     """
     grad_active, grad_out_weight = linear_backward(xp, grad_y, active, p.out_weight)
-    grad_inner = xp.where(active > 0, grad_active, xp.zeros_like(grad_active))  # [.., f]
+    grad_inner = grad_active * xp.astype(active > 0, grad_active.dtype)  # [.., f]
     if dropout is not None:
         grad_inner = grad_inner / (1 - dropout.rate)
     grad_x, grad_in_weight = linear_backward(xp, grad_inner, x, p.in_weight)

@@ -19,7 +19,7 @@ from refspan.config import ModelConfig
 from refspan.dropout import Dropout
 from refspan.feedforward import FeedForwardParameters, feedforward, feedforward_backward
 from refspan.layer_norm import layer_norm, layer_norm_backward
-from refspan.linear import linear, linear_backward
+from refspan.linear import grad_weight, linear, linear_backward
 from refspan.shorten import shorten, shorten_backward
 from refspan.span import expire_span, expire_span_backward
 from refspan.span_loss import span_loss_backward
@@ -217,9 +217,10 @@ def layer_backward(
     if span_limit is not None:
         grad_span = shorten_backward(xp, grad_span, saved.span, span_limit)
 
-    # and these back to u
-    normal = saved.normal
-    grad_normal, grads["span.weight"], grads["span.bias"] = expire_span_backward(
+    # and these back to u, of the memories only where norm1 wants to learn from them
+    normal, own = saved.normal, slice(-queries, None)
+    reached = slice(None) if pre else own
+    grad_u, grads["span.weight"], grads["span.bias"] = expire_span_backward(
         xp,
         grad_span,
         normal,
@@ -228,17 +229,17 @@ def layer_backward(
         max_span=config.max_span,
         temperature=config.span_temperature,
     )
-    for name, grad in (("key", back.key), ("value", back.value)):
+    grad_u = grad_u[:, reached, :]  # [B, N or M, d]
+    for name, grad in (("key", join_heads(xp, back.key)), ("value", join_heads(xp, back.value))):
         weight = f"attention.{name}.weight"
-        grad_u, grads[weight] = linear_backward(xp, join_heads(xp, grad), normal, p[weight])
-        grad_normal = grad_normal + grad_u  # [B, N, d]
+        grads[weight] = grad_weight(xp, grad, normal)
+        grad_u = grad_u + grad[:, reached, :] @ p[weight]
     weight = "attention.query.weight"
-    grad_u, grads[weight] = linear_backward(xp, join_heads(xp, back.query), normal[:, -queries:, :], p[weight])
-    if not pre:
-        return grad_after + grad_normal[:, -queries:, :] + grad_u, grads, back.position
-    grad_normal = xp.concat([grad_normal[:, :-queries, :], grad_normal[:, -queries:, :] + grad_u], axis=1)
-    grad_context = through_norm("norm1", grad_normal, saved.context)
-    return grad_after + grad_context[:, -queries:, :], grads, back.position
+    grad_own, grads[weight] = linear_backward(xp, join_heads(xp, back.query), normal[:, own, :], p[weight])
+    grad_u[:, own, :] += grad_own
+    if pre:
+        grad_u = through_norm("norm1", grad_u, saved.context)[:, own, :]
+    return grad_after + grad_u, grads, back.position
 
 
 def split_heads(xp: Any, x: Array, heads: int) -> Array:

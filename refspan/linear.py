@@ -18,9 +18,12 @@ def linear_backward(xp: Any, grad_y: Array, x: Array, weight: Array) -> tuple[Ar
 
     [.., out], [.., in], [out, in] -> [.., in], [out, in].
     """
-    rows_y = xp.reshape(grad_y, (-1, grad_y.shape[-1]))
-    rows_x = xp.reshape(x, (-1, x.shape[-1]))
-    return grad_y @ weight, rows_y.T @ rows_x
+    return grad_y @ weight, grad_weight(xp, grad_y, x)
+
+
+def grad_weight(xp: Any, grad_y: Array, x: Array) -> Array:
+    """dW alone, where nothing flows back to x.   [.., out], [.., in] -> [out, in]."""
+    return xp.reshape(grad_y, (-1, grad_y.shape[-1])).T @ xp.reshape(x, (-1, x.shape[-1]))
 
 
 def grad_bias(xp: Any, grad_y: Array) -> Array:

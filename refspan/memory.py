@@ -20,17 +20,19 @@ NEVER = -(2**62)
 
 @dataclass(frozen=True)
 class Memory:
-    """The memories of one layer for each row of a batch, in N slots; a value, never changed in place."""
+    """The memories of one layer for each row of a batch, in N slots; a value: what it holds never changes."""
 
     age: Array
     """[B, N] int64, steps from each memory to the next block's first query; `NEVER` where a slot is empty."""
     contents: Mapping[str, Array]
     """Each [B, N, ..]."""
+    room: int = 0
+    """How many of the slots, the last ones, are empty in all rows: `append` writes there first, sparing a copy."""
 
     @property
     def slots(self) -> int:
-        """N, what the longest row of the batch holds."""
-        return int(self.age.shape[1])
+        """What the longest row of the batch holds, the room not counted."""
+        return int(self.age.shape[1]) - self.room
 
     @property
     def held(self) -> Array:
@@ -41,41 +43,53 @@ class Memory:
         """With the M memories of a block, whose first query is at hand: ages 0, -1, .., 1 - M.   each [B, M, ..]."""
         batch, queries = next(iter(contents.values())).shape[:2]
         age = own_ages(xp, batch, queries, device_of(self.age))
-        both = {name: xp.concat([self.contents[name], new], axis=1) for name, new in contents.items()}
-        return Memory(xp.concat([self.age, age], axis=1), both)
+        before, after = self.slots, self.slots + queries
+        age = xp.concat([self.age[:, :before], age, self.age[:, after:]], axis=1)
+        if self.room < queries:
+            kept = {name: x[:, :before, ...] for name, x in self.contents.items()}
+            return Memory(age, {name: xp.concat([kept[name], new], axis=1) for name, new in contents.items()})
+        for name, new in contents.items():
+            self.contents[name][:, before:after, ...] = new
+        return Memory(age, self.contents, self.room - queries)
 
     def advance(self, queries: int) -> "Memory":
         """After a block of M queries: every age grows by M (AGE)."""
-        return Memory(self.age + queries, self.contents)
+        return Memory(self.age + queries, self.contents, self.room)
 
-    def drop(self, xp: Any, unwanted: Array, rank: Array | None = None) -> "Memory":
+    def drop(self, xp: Any, unwanted: Array, rank: Array | None = None, room: int = 0) -> "Memory":
         """Without the memories marked in `unwanted` [B, N], in as few slots as the longest row needs (BOUND).
 
-        `rank` [B, N] int64: those that are left stand in its order, else in the order that they had.
+        Args:
+            xp: array namespace.
+            unwanted: [B, N] bool.
+            rank: [B, N] int64: those that are left stand in its order; None for the order that they have.
+            room: empty slots to add, for the next block.
         """
         wanted = self.held & ~unwanted
         counts = [int(count) for count in xp.sum(xp.astype(wanted, xp.int64), axis=1)]
-        batch, slots = len(counts), max(counts, default=0)
+        batch, slots, total = len(counts), max(counts, default=0), int(self.age.shape[1])
         rank = xp.where(wanted, xp.zeros_like(self.age) if rank is None else rank, 2**62)
-        if slots == self.slots and min(counts) == slots and not bool(xp.any(rank[:, 1:] < rank[:, :-1])):
+        if slots == total and min(counts) == slots and not bool(xp.any(rank[:, 1:] < rank[:, :-1])):
             return self
         order = xp.argsort(rank, axis=1, stable=True)[:, :slots]
-        rows = xp.arange(batch, dtype=xp.int64, device=device_of(order))[:, None]
-        places = xp.reshape(order + rows * self.slots, (-1,))
+        order = xp.concat([order, xp.zeros((batch, room), dtype=order.dtype, device=device_of(order))], axis=1)
+        rows = xp.arange(batch, dtype=order.dtype, device=device_of(order))[:, None]
+        places = xp.reshape(order + rows * total, (-1,))
 
         def keep(x: Array) -> Array:
-            """[B, N, ..] -> [B, slots, ..]."""
+            """[B, N, ..] -> [B, slots + room, ..]."""
             sizes = x.shape[2:]
-            return xp.reshape(xp.take(xp.reshape(x, (-1, *sizes)), places, axis=0), (batch, slots, *sizes))
+            return xp.reshape(xp.take(xp.reshape(x, (-1, *sizes)), places, axis=0), (batch, slots + room, *sizes))
 
-        age = xp.where(keep(wanted), keep(self.age), NEVER)
-        return Memory(age, {name: keep(x) for name, x in self.contents.items()})
+        number = xp.arange(slots + room, dtype=xp.int64, device=device_of(order))
+        age = xp.where(keep(wanted) & (number < slots), keep(self.age), NEVER)
+        return Memory(age, {name: keep(x) for name, x in self.contents.items()}, room)
 
     def forget_row(self, xp: Any, row: int) -> "Memory":
         """With one row of the batch emptied; the others hold what they held."""
         rows = xp.arange(self.age.shape[0], dtype=xp.int64, device=device_of(self.age))
         empty = xp.full_like(self.age, NEVER)
-        return Memory(xp.where((rows == row)[:, None], empty, self.age), self.contents)
+        return Memory(xp.where((rows == row)[:, None], empty, self.age), self.contents, self.room)
 
 
 def own_ages(xp: Any, batch: int, queries: int, device: Any) -> Array:

@@ -80,18 +80,21 @@ def _sum_by_column(xp: Any, grad: Array, column: Array, width: int) -> Array:
     """The transpose of taking `column`: sum the memories of each column.   [H, M, N] -> [H, M, width].
 
     The array API has no scatter-add. Ages are distinct in a stream, so a gather does: for each column, the memory that
-    it went to. Where several memories share an age, once per rank among those that share.
+    it went to. Where several memories share an age, once more per rank among those that share.
     """
-    memories = column.shape[0]
+    last = column.shape[0] - 1
     order = xp.argsort(column, stable=True)
     in_order = xp.take(column, order)
     wanted = xp.arange(width, dtype=column.dtype, device=device_of(column))
     start = xp.searchsorted(in_order, wanted, side="left")
     count = xp.searchsorted(in_order, wanted, side="right") - start
     count = xp.where(wanted < width - 1, count, xp.zeros_like(count))  # out of reach: no gradient
-    padded = xp.concat([grad, xp.zeros_like(grad[..., :1])], axis=-1)  # slot N: no memory has this age
-    total = xp.zeros((*grad.shape[:-1], width), dtype=grad.dtype, device=device_of(grad))
-    for rank in range(int(xp.max(count))):
-        slot = xp.take(order, xp.clip(start + rank, None, memories - 1))
-        total += xp.take(padded, xp.where(rank < count, slot, xp.full_like(slot, memories)), axis=-1)
+
+    def of_rank(rank: int) -> Array:
+        taken = xp.take(grad, xp.take(order, xp.clip(start + rank, None, last)), axis=-1)
+        return xp.where(rank < count, taken, xp.zeros_like(taken[..., :1]))
+
+    total = of_rank(0)
+    for rank in range(1, int(xp.max(count))):
+        total += of_rank(rank)
     return total

@@ -49,18 +49,19 @@ class Row:
         distance = distance_of(self.xp, self.age[partial] + m.start, m.stop - m.start)  # [m, partial]
         return mask_at(self.xp, self.span[partial], distance, self.ramp)
 
-    def scores(self, query: Array, key: Array, m: slice, mask: Array | None) -> Array:
-        """Logits of queries `m`, that are divided by sqrt(D) already (LOGIT); -inf where the mask is 0.
-
-        [h, m, D], [h, n, D], [m, partial] -> [h, m, n].
-        """
-        xp, near, partial = self.xp, self.seen.near, self.seen.partial
+    def scores(self, query: Array, key: Array, m: slice) -> Array:
+        """Logits of queries `m`, that are divided by sqrt(D) already (LOGIT).   [h, m, D], [h, n, D] -> [h, m, n]."""
+        xp, near = self.xp, self.seen.near
         scores = query @ xp.matrix_transpose(key)  # [h, m, n]
         if near.start < near.stop:
             scores[..., near] += position_scores(xp, query, self.position, self.age[near] + m.start)
-        if mask is not None:
-            scores[..., partial] = xp.where(mask > 0, scores[..., partial], -xp.inf)
         return scores
+
+    def hide_unseen(self, scores: Array, mask: Array | None) -> None:
+        """Write -inf over the logits of memories whose mask is 0.   [h, m, n], [m, partial]."""
+        if mask is not None:
+            partial = self.seen.partial
+            scores[..., partial] = self.xp.where(mask > 0, scores[..., partial], -self.xp.inf)
 
     def largest_logit(self, query: Array, key: Array) -> float:
         """What no logit exceeds in size: |q . k| <= |q| |k|.   [H, M, D], [H, n, D], query divided by sqrt(D)."""

@@ -1,7 +1,7 @@
 """Random shortening, a regulariser of training (clause SHORTEN).
 
 With spans of thousands of steps a model soon relies on particular ones. So each training step draws one limit l and
-forbids attention beyond it, e <- min(e, l), in the mask and the span loss of that step. What is kept in memory goes by
+lets no span be longer, e <- min(e, l), in the mask and the span loss of that step. What is kept in memory goes by
 the full spans: the limit of one step must not delete what the next one may see.
 """
 

@@ -2,9 +2,9 @@
 
     span_loss = alpha / (R M) sum_t sum_i e_i 1[0 < m_ti < 1],   batch mean
 
-Charging every span at every step would be equation 7, but most memories that a block still sees are cached, and their
-spans can only be changed where the task has a say too: on the ramp. A memory spends R steps there, so over its life it
-is charged alpha e_i / M all the same. The loss is >= 0 and linear in alpha; how often a memory is charged depends on
+Equation 7 charges each span once, but most memories that a block sees are cached, and their spans can only be changed
+where the task has a say too: on the ramp. A memory spends R steps there, so over its life it is charged alpha e_i / M
+all the same. The loss is >= 0 and linear in alpha; how often a memory is charged depends on
 its span only in jumps, so the gradient of e_i is alpha / (R M B) times that count.
 
 Counted without a mask: 0 < m_ti < 1 where e_i < distance < e_i + R, and a block sees whole distances.

@@ -104,7 +104,10 @@ class Stream:
         return parts[0] if len(parts) == 1 else xp.concat(parts, axis=1)
 
     def memory_size(self) -> tuple[int, ...]:
-        """Memories that each layer holds, the longest row of the batch; never more than are live (BOUND)."""
+        """Memories that each layer holds, the longest row of the batch; never more than are live (BOUND).
+
+        Empty slots for one more block, as long as the last one, are set aside beside them.
+        """
         return tuple(memory.slots for memory in self._memory)
 
     def rows_projected(self) -> int:
@@ -122,7 +125,7 @@ class Stream:
     def state(self) -> dict[str, Array]:
         """Everything that the stream remembers: `layers.{i}.age`, `.key`, `.value` and `.span`; see `restore`."""
         return {
-            f"layers.{i}.{name}": array
+            f"layers.{i}.{name}": array[:, : memory.slots, ...]
             for i, memory in enumerate(self._memory)
             for name, array in {"age": memory.age, **memory.contents}.items()
         }
@@ -182,7 +185,7 @@ class Stream:
         # In the order in which attention over the next block will want them, if that one is as long.
         positions = int(self._params["position.weight"].shape[0])
         rank = group_of(xp, span, memory.age, queries=max(1, queries), ramp=config.ramp, positions=positions)
-        memory = memory.drop(xp, expired(xp, span, memory.age, config.ramp), rank)
+        memory = memory.drop(xp, expired(xp, span, memory.age, config.ramp), rank, room=queries)
         if self._max_memories is not None and memory.slots > self._max_memories:
             raise MemoryLimitError(
                 f"layer {i} would hold {memory.slots} memories, the limit is {self._max_memories} (max_memories); "

@@ -36,7 +36,7 @@ def stream(probe: Probe, case: ModelCase) -> None:
     follow(probe, case)
 
 
-@check("memory.saturated", clauses=["AGE", "DROP", "BOUND"], needs=NEEDS, cost=2 * COST,
+@check("memory.saturated", clauses=["AGE", "DROP"], needs=NEEDS, cost=2 * COST,
        cases=some(spans=("all near L",), least_tokens=40, rows=(1, 2)))  # fmt: skip
 def saturated(probe: Probe, case: ModelCase) -> None:
     """All spans near L, for longer than L + R steps: memory is as full as it can be, and not one step fuller."""
@@ -74,19 +74,19 @@ def reset(probe: Probe, case: ModelCase) -> None:
     follow(probe, case)
 
 
-@check("memory.restore", clauses=["CACHE"], needs=NEEDS, cost=COST, cases=some(restores=True, least_tokens=6))
+@check("memory.restore", clauses=["AGE"], needs=NEEDS, cost=COST, cases=some(restores=True, least_tokens=6))
 def restore(probe: Probe, case: ModelCase) -> None:
     """A stream goes on from a kept state as if nothing had been read since, as often as one likes."""
     follow(probe, case)
 
 
-@check("memory.two_streams", clauses=["CACHE"], needs=NEEDS, cost=2 * COST, cases=some(streams=2, rows=(2, 1)))
+@check("memory.two_streams", clauses=["START"], needs=NEEDS, cost=2 * COST, cases=some(streams=2, rows=(2, 1)))
 def two_streams(probe: Probe, case: ModelCase) -> None:
     """Streams of two models that are open at once do not mix."""
     follow(probe, case)
 
 
-@check("memory.state_machine", clauses=["AGE", "DROP", "START", "CACHE"], needs=NEEDS, cost=2 * COST,
+@check("memory.state_machine", clauses=["AGE", "DROP", "START"], needs=NEEDS, cost=2 * COST,
        cases=some(streams=2, resets=True, restores=True, rows=(2, 3)))  # fmt: skip
 def state_machine(probe: Probe, case: ModelCase) -> None:
     """Blocks, single tokens, resets and restores of two models' streams, in whatever order."""
