@@ -11,18 +11,19 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from array_api_compat import is_cupy_array
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from refspan.arrays import Array, device_of, namespace_of
 from refspan.config import ModelConfig, check_parameters
 from refspan.errors import SetupError
 from refspan.files import write_whole
 from refspan.stream import Stream
+
+if TYPE_CHECKING:
+    import numpy as np
 
 LAYOUT = "1"
 """Version of the layout of both kinds of file."""
@@ -47,11 +48,10 @@ def save_model(
         SetupError: the file cannot be written; what was there is untouched.
     """
     check_parameters(config, params)
-    arrays = {name: _to_numpy(array) for name, array in params.items()}
-    write_whole(Path(path), save(arrays, metadata={**(notes or {}), "refspan_model": LAYOUT, "config": _json(config)}))
+    _write(path, params, {**(notes or {}), "refspan_model": LAYOUT, "config": _json(config)})
 
 
-def load_model(path: str | Path) -> tuple[ModelConfig, dict[str, np.ndarray[Any, Any]]]:
+def load_model(path: str | Path) -> "tuple[ModelConfig, dict[str, np.ndarray[Any, Any]]]":
     """The config and the parameters (NumPy) of a file that `save_model` wrote.
 
     Raises:
@@ -74,13 +74,12 @@ def save_state(path: str | Path, stream: Stream) -> None:
     Raises:
         SetupError: the file cannot be written; what was there is untouched.
     """
-    arrays = {name: _to_numpy(array) for name, array in stream.state().items()}
     metadata = {
         "refspan_stream": LAYOUT,
         "config": _json(stream.config),
         "model": fingerprint(stream.config, stream.params),
     }
-    write_whole(Path(path), save(arrays, metadata=metadata))
+    _write(path, stream.state(), metadata)
 
 
 def load_state(path: str | Path, stream: Stream) -> None:
@@ -114,12 +113,20 @@ def fingerprint(config: ModelConfig, params: Mapping[str, Array]) -> str:
     return digest.hexdigest()
 
 
-def _to_numpy(array: Array) -> np.ndarray[Any, Any]:
+def _to_numpy(array: Array) -> "np.ndarray[Any, Any]":
     """In rows, one after the other: safetensors writes the memory of a view as it lies."""
+    import numpy as np
+
     return np.asarray(array.get() if is_cupy_array(array) else array, order="C")
 
 
-def _read(path: str | Path, kind: str, expected: str) -> tuple[dict[str, str], dict[str, np.ndarray[Any, Any]]]:
+def _write(path: str | Path, arrays: Mapping[str, Array], metadata: dict[str, str]) -> None:
+    from safetensors.numpy import save
+
+    write_whole(Path(path), save({name: _to_numpy(array) for name, array in arrays.items()}, metadata=metadata))
+
+
+def _read(path: str | Path, kind: str, expected: str) -> "tuple[dict[str, str], dict[str, np.ndarray[Any, Any]]]":
     """Metadata and arrays of a file of this kind."""
     if not Path(path).is_file():
         raise SetupError(f"{path}: {'is not a regular file' if Path(path).exists() else 'no such file'}")

@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from math import isfinite
-from typing import Any, Literal
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Literal
 
 from refspan.arrays import Array, check_dtype, namespace_of
 from refspan.span import initial_bias
+
+if TYPE_CHECKING:
+    import numpy as np
 
 DTYPES = ("float16", "float32", "float64")
 
@@ -135,7 +136,7 @@ def check_parameters(config: ModelConfig, params: Mapping[str, Array]) -> Any:
 
 def initial_parameters(
     config: ModelConfig, seed: int, *, positions: int | None = None, span_start: float = 0.1, dtype: str = "float32"
-) -> dict[str, np.ndarray[Any, Any]]:
+) -> "dict[str, np.ndarray[Any, Any]]":
     """Parameters to start training from, as NumPy arrays.
 
     Matrices and biases are uniform in +-1/sqrt(in), embeddings normal (scaled by 1/sqrt(d) for tokens), norms the
@@ -148,6 +149,8 @@ def initial_parameters(
         span_start: fraction of max_span, strictly between 0 and 1.
         dtype: of all parameters.
     """
+    import numpy as np
+
     random = np.random.default_rng(seed)
     positions = config.block_size if positions is None else positions
     params = {}
