@@ -5,11 +5,12 @@ lets no span be longer, e <- min(e, l), in the mask and the span loss of that st
 the full spans: the limit of one step must not delete what the next one may see.
 """
 
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from refspan.arrays import Array
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def shorten(xp: Any, span: Array, limit: float) -> Array:
@@ -22,6 +23,6 @@ def shorten_backward(xp: Any, grad_shortened: Array, span: Array, limit: float) 
     return xp.where(span <= limit, grad_shortened, xp.zeros_like(grad_shortened))
 
 
-def draw_span_limit(random: np.random.Generator, max_span: float) -> float:
+def draw_span_limit(random: "np.random.Generator", max_span: float) -> float:
     """l ~ U(0, L), drawn once per training step, for all layers and batch rows."""
     return float(random.uniform(0, max_span))
