@@ -52,7 +52,7 @@ def check_shape(name: str, array: Array, expected: tuple[int | str, ...]) -> Non
     if len(shape) != len(expected) or any(
         isinstance(want, int) and have != want for have, want in zip(shape, expected, strict=True)
     ):
-        wanted = ", ".join(str(size) for size in expected)
+        wanted = ", ".join(str(size) for size in expected) + ("," if len(expected) == 1 else "")
         raise ValueError(f"{name}: got shape {shape}, expected ({wanted})")
 
 
@@ -64,25 +64,35 @@ def check_dtype(xp: Any, name: str, array: Array, expected: tuple[str, ...]) -> 
         raise TypeError(f"{name}: got {array.dtype}, expected {wanted}")
 
 
+def check_whole(name: str, number: int, expected: str = "a whole number") -> int:
+    """`number` as an int; raises TypeError, which says what was `expected`, unless it is a whole number."""
+    try:
+        return index(number)
+    except TypeError:
+        raise TypeError(f"{name}: got {number!r}, expected {expected}") from None
+
+
 def check_count(name: str, count: int) -> int:
     """`count` as an int; raises TypeError or ValueError unless it is a whole number >= 1."""
-    try:
-        value = index(count)
-    except TypeError:
-        raise TypeError(f"{name}: got {count!r}, expected a whole number >= 1") from None
+    value = check_whole(name, count, "a whole number >= 1")
     if value < 1:
         raise ValueError(f"{name}: got {value}, expected at least 1")
     return value
 
 
+def check_number(name: str, number: float, expected: str = "a number") -> float:
+    """`number` as a float; raises TypeError, which says what was `expected`, unless it is a number."""
+    try:
+        if not isinstance(number, str | bytes | bool):
+            return float(number)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise TypeError(f"{name}: got {number!r}, expected {expected}") from None
+
+
 def check_ramp(ramp: float) -> float:
     """The ramp length R as a float; raises TypeError or ValueError unless it is a finite number > 0."""
-    if isinstance(ramp, str | bytes | bool):
-        raise TypeError(f"ramp: got {ramp!r}, expected a number of steps > 0")
-    try:
-        value = float(ramp)
-    except (TypeError, ValueError):
-        raise TypeError(f"ramp: got {ramp!r}, expected a number of steps > 0") from None
+    value = check_number("ramp", ramp, "a number of steps > 0")
     if not (math.isfinite(value) and value >= SHORTEST_RAMP):
         raise ValueError(f"ramp: got {value:g}, expected a finite number of steps > 0 (at least {SHORTEST_RAMP:g})")
     return value

@@ -206,6 +206,7 @@ def span_attention_backward(grad_output: Array, saved: SavedAttention) -> Attent
         heads_of_tile, queries_of_tile = tiles(heads, queries, row.seen.visible, numbers)
         for m in queries_of_tile:
             mask = row.mask(m)  # [m, partial]
+            grad_mask = None if mask is None else xp.zeros(mask.shape, **new)
             for h in heads_of_tile:
                 weights = row.scores(q[h, m, :], k[h, ...], m)  # [h, m, n]
                 if saved.peak is not None:
@@ -226,9 +227,7 @@ def span_attention_backward(grad_output: Array, saved: SavedAttention) -> Attent
                 grad_weights -= c  # (da - c) / Z
 
                 if mask is not None:
-                    grad_mask = xp.sum(unmasked * grad_weights[..., partial], axis=0)  # [m, partial]
-                    grad_s += grad_span_of(xp, grad_mask, mask, saved.ramp)  # [partial]
-
+                    grad_mask += xp.sum(unmasked * grad_weights[..., partial], axis=0)  # [m, partial]
                 weights *= grad_weights  # ds = a (da - c)   [h, m, n]
                 grad_q = weights @ k[h, ...]  # [h, m, D]
                 grad_k[h, ...] += xp.matrix_transpose(weights) @ q[h, m, :]  # [h, n, D]
@@ -239,6 +238,8 @@ def span_attention_backward(grad_output: Array, saved: SavedAttention) -> Attent
                     grad_q += grad_q_near
                     grad_position += grad_p
                 grad_query[b, h, m, :] = grad_q * scale
+            if mask is not None:
+                grad_s += grad_span_of(xp, grad_mask, mask, saved.ramp)  # [partial]
         grad_key[b, ...] = row.seen.scatter(grad_k, memories)
         grad_value[b, ...] = row.seen.scatter(grad_v, memories)
         ahead = xp.zeros((partial.start,), **new)  # the full memories, that the block's queries teach nothing

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, fields
 from math import isfinite
 from typing import TYPE_CHECKING, Any, Literal
 
-from refspan.arrays import Array, check_dtype, namespace_of
+from refspan.arrays import SHORTEST_RAMP, Array, check_dtype, check_number, check_shape, namespace_of
 from refspan.span import initial_bias
 
 if TYPE_CHECKING:
@@ -50,10 +50,14 @@ class ModelConfig:
                 raise ValueError(f"{name}: got {value}, expected at least 1")
         for name in ("max_span", "ramp", "span_temperature"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float):
+            if not isinstance(value, int | float):
                 raise TypeError(f"{name}: got {value!r}, expected a number")
-            if not (isfinite(value) and value > 0):
+            if not (isfinite(check_number(name, value)) and value > 0):
                 raise ValueError(f"{name}: got {value}, expected a finite number > 0")
+            if isinstance(value, float):  # one of NumPy's would widen the arrays that it is multiplied by
+                object.__setattr__(self, name, float(value))
+        if self.ramp < SHORTEST_RAMP:
+            raise ValueError(f"ramp: got {self.ramp}, expected at least {SHORTEST_RAMP:g}")
         if self.norm not in ("post", "pre"):
             raise ValueError(f"norm: got {self.norm!r}, expected 'post' or 'pre'")
 
@@ -113,6 +117,8 @@ def check_parameters(config: ModelConfig, params: Mapping[str, Array]) -> Any:
         TypeError, ValueError: the first parameter, in the order of the model, that is missing, not known, of the wrong
             shape or dtype, or holds NaN or infinite numbers.
     """
+    if not isinstance(config, ModelConfig):
+        raise TypeError(f"config: got {type(config).__name__}, expected a ModelConfig")
     expected = parameter_shapes(config)
     missing = [name for name in expected if name not in params]
     if missing:
@@ -120,14 +126,11 @@ def check_parameters(config: ModelConfig, params: Mapping[str, Array]) -> Any:
     unknown = [name for name in params if name not in expected]
     if unknown:
         raise ValueError(f"parameter {unknown[0]}: not known to this config ({len(unknown)} such)")
-    xp = namespace_of(**{name: params[name] for name in expected})
+    xp = namespace_of(**{f"parameter {name}": params[name] for name in expected})
     first = next(iter(expected))
     dtype = str(params[first].dtype).rsplit(".", maxsplit=1)[-1]
     for name, wanted in expected.items():
-        shape = tuple(params[name].shape)
-        if len(shape) != len(wanted) or any(w not in ("P", s) for w, s in zip(wanted, shape, strict=True)):
-            said = ", ".join(str(size) for size in wanted)
-            raise ValueError(f"parameter {name}: got shape {shape}, expected ({said})")
+        check_shape(f"parameter {name}", params[name], wanted)
         check_dtype(xp, f"parameter {name}", params[name], DTYPES if name == first else (dtype,))
         if not bool(xp.all(xp.isfinite(params[name]))):
             raise ValueError(f"parameter {name}: holds NaN or infinite numbers")

@@ -31,9 +31,9 @@ def distance_of(xp: Any, age: Array, queries: int) -> Array:
 
 def mask_at(xp: Any, span: Array, distance: Array, ramp: float) -> Array:
     """m = clip(1 + r / R, 0, 1) with r = span - distance, and 0 where distance < 1. Shapes broadcast."""
-    remaining = span - xp.astype(distance, span.dtype)
-    mask = xp.clip(1 + remaining / ramp, 0, 1)
-    return xp.where(distance >= 1, mask, xp.zeros_like(mask))
+    steps = xp.astype(distance, span.dtype)
+    fading = 1 + (span - steps) / ramp
+    return xp.clip(xp.minimum(fading, steps), 0, 1)  # a whole distance >= 1 takes nothing off, one <= 0 leaves nothing
 
 
 def soft_mask(span: Array, age: Array, *, queries: int, ramp: float) -> Array:

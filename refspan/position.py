@@ -5,10 +5,13 @@ the distance, not by the slot. One product gives the scores of all P distances t
 "by distance" to "by memory" lies "by age": memory i has distance age_i + m to query m, so in a table with a column for
 each age, row m holds the row of distances moved m columns to the left.
 
-    by distance  [M, P]           by age  [M, P + M - 1]          (M = 3, P = 4; column 0 is age 2 - M = -1)
-    m=0   1 2 3 4                 . . 1 2 3 4
-    m=1   1 2 3 4                 . 1 2 3 4 .
-    m=2   1 2 3 4                 1 2 3 4 . .
+    by distance  [M, W]           by age  [M, W + 1]          (M = 3, P = 4, W = P + M - 1; column 0 is age 2 - M = -1)
+    m=0   . . 1 2 3 4             . . 1 2 3 4 .
+    m=1   . . 1 2 3 4             . 1 2 3 4 . .
+    m=2   . . 1 2 3 4             1 2 3 4 . . .
+
+Both are the same numbers in the same order, read with rows one longer: each row then begins one place further on. The
+zeros (dots) come from M - 1 rows of zeros before the table, and from one more query, of zeros, whose row ends the last.
 """
 
 from typing import Any
@@ -21,10 +24,14 @@ def position_scores(xp: Any, query: Array, position: Array, age: Array) -> Array
 
     [H, M, D], [P, D], [N] -> [H, M, N].
     """
-    by_distance = query @ position.T  # [H, M, P]
-    by_age = _shift_rows(xp, by_distance)  # [H, M, P + M]
-    column = _column_of(xp, age, query.shape[-2], position.shape[0])  # [N]
-    return xp.take(by_age, column, axis=-1)  # [H, M, N]
+    heads, queries, _ = query.shape
+    table = _with_zeros(xp, position, queries)  # [W, D]
+    more = xp.concat([query, xp.zeros_like(query[:, :1, :])], axis=1)  # [H, M + 1, D]
+    by_distance = more @ table.T  # [H, M + 1, W]
+    width = table.shape[0] + 1
+    flat = xp.reshape(by_distance, (heads, -1))[:, : queries * width]
+    by_age = xp.reshape(flat, (heads, queries, width))  # [H, M, W + 1]
+    return xp.take(by_age, _column_of(xp, age, queries, position.shape[0]), axis=-1)  # [H, M, N]
 
 
 def position_scores_backward(
@@ -38,13 +45,22 @@ def position_scores_backward(
 
     [H, M, N], [H, M, D], [P, D], [N] -> [H, M, D], [P, D].
     """
-    positions = position.shape[0]
-    column = _column_of(xp, age, query.shape[-2], positions)  # [N]
-    grad_by_age = _sum_by_column(xp, grad_scores, column, positions + query.shape[-2])  # [H, M, P + M]
-    grad_by_distance = _unshift_rows(xp, grad_by_age)  # [H, M, P]
-    grad_query = grad_by_distance @ position  # [H, M, D]
-    grad_position = xp.sum(xp.matrix_transpose(grad_by_distance) @ query, axis=0)  # [P, D]
-    return grad_query, grad_position
+    heads, queries, _ = query.shape
+    table = _with_zeros(xp, position, queries)  # [W, D]
+    column = _column_of(xp, age, queries, position.shape[0])  # [N]
+    width = table.shape[0]
+    grad_by_age = _sum_by_column(xp, grad_scores, column, width + 1)  # [H, M, W + 1]
+    flat = xp.reshape(grad_by_age, (heads, -1))[:, : queries * width]
+    grad_by_distance = xp.reshape(flat, (heads, queries, width))  # [H, M, W]
+    grad_query = grad_by_distance @ table  # [H, M, D]
+    grad_table = xp.sum(xp.matrix_transpose(grad_by_distance) @ query, axis=0)  # [W, D]
+    return grad_query, grad_table[queries - 1 :, :]
+
+
+def _with_zeros(xp: Any, position: Array, queries: int) -> Array:
+    """The table of positions after M - 1 rows of zeros.   [P, D] -> [W, D]."""
+    zeros = xp.zeros((queries - 1, position.shape[1]), dtype=position.dtype, device=device_of(position))
+    return xp.concat([zeros, position], axis=0)
 
 
 def _column_of(xp: Any, age: Array, queries: int, positions: int) -> Array:
@@ -53,27 +69,6 @@ def _column_of(xp: Any, age: Array, queries: int, positions: int) -> Array:
     column = age - (2 - queries)
     reached = (column >= 0) & (column < last)
     return xp.where(reached, column, xp.full_like(column, last))
-
-
-def _shift_rows(xp: Any, by_distance: Array) -> Array:
-    """Move row m by M - 1 - m columns to the right: pad, then read the same numbers with rows one longer.
-
-    [H, M, P] -> [H, M, P + M]; the last column is all zeros.
-    """
-    heads, queries, positions = by_distance.shape
-    like = {"dtype": by_distance.dtype, "device": device_of(by_distance)}
-    rows = xp.concat([by_distance, xp.zeros((heads, queries, queries - 1), **like)], axis=-1)
-    flat = xp.reshape(rows, (heads, -1))
-    flat = xp.concat([xp.zeros((heads, queries - 1), **like), flat, xp.zeros((heads, 1), **like)], axis=-1)
-    return xp.reshape(flat, (heads, queries, positions + queries))
-
-
-def _unshift_rows(xp: Any, by_age: Array) -> Array:
-    """The transpose of `_shift_rows`: [H, M, P + M] -> [H, M, P]."""
-    heads, queries, width = by_age.shape
-    flat = xp.reshape(by_age, (heads, -1))[:, queries - 1 : -1]
-    rows = xp.reshape(flat, (heads, queries, width - 1))
-    return rows[..., : width - queries]
 
 
 def _sum_by_column(xp: Any, grad: Array, column: Array, width: int) -> Array:
