@@ -8,7 +8,7 @@ Kept numbers are divided by 1 - rate.
 from dataclasses import dataclass
 from typing import Any
 
-from refspan.arrays import Array, device_of
+from refspan.arrays import Array, check_number, check_whole, device_of
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,14 @@ class Dropout:
     seed: int
 
     def __post_init__(self) -> None:
-        if not 0 <= self.rate < 1:
+        rate = check_number("dropout rate", self.rate, "a number, at least 0 and below 1")
+        if not 0 <= rate < 1:
             raise ValueError(f"dropout rate: got {self.rate}, expected at least 0 and below 1")
+        seed = check_whole("dropout seed", self.seed, "a whole number >= 0")
+        if seed < 0:
+            raise ValueError(f"dropout seed: got {seed}, expected at least 0")
+        object.__setattr__(self, "rate", rate)
+        object.__setattr__(self, "seed", seed)
 
     def of(self, place: int) -> "Dropout":
         """Decisions for another place in the model, independent of those made here."""
@@ -45,19 +51,22 @@ _WORD = 2**32 - 1
 
 
 def _hash(seed: int, coordinates: tuple[Array, ...]) -> Array:
-    """32 well-mixed bits, as int64, of the seed and the coordinates: one round of a multiplicative mixer for each.
+    """32 well-mixed bits, as int64, of the seed and of the low words of the coordinates.
 
-    Products of two 32-bit words would overflow int64, so each round multiplies by a 31-bit odd constant and keeps the
-    low word, folding the high half down before.
+    Each coordinate is mixed before it meets the state: else seeds that differ in one bit would make the same decisions
+    in another order.
     """
     state: Any = (seed ^ (seed >> 32)) & _WORD
     for coordinate in coordinates:
-        state = _mix(((coordinate & _WORD) ^ ((coordinate >> 32) & _WORD)) ^ state)
-    return _mix(state)
+        state = _mix(_mix(coordinate & _WORD) ^ state)
+    return state
 
 
 def _mix(word: Array) -> Array:
-    """A bijection of 32-bit words in which each bit of the result depends on all bits of the argument."""
+    """A bijection of 32-bit words in which each bit of the result depends on all bits of the argument.
+
+    Products of two 32-bit words would overflow int64, so the odd factor has 27 bits.
+    """
     word = ((word >> 16) ^ word) * 0x45D9F3B & _WORD
     word = ((word >> 16) ^ word) * 0x45D9F3B & _WORD
     return (word >> 16) ^ word
