@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, fields
 from math import isfinite
 from typing import TYPE_CHECKING, Any, Literal
 
-from refspan.arrays import SHORTEST_RAMP, Array, check_dtype, check_number, check_shape, namespace_of
+from refspan.arrays import SHORTEST_RAMP, Array, check_count, check_dtype, check_number, check_shape, namespace_of
 from refspan.span import initial_bias
 
 if TYPE_CHECKING:
@@ -44,18 +44,16 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "feedforward_size", "layers", "heads", "head_size", "block_size"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name}: got {value!r}, expected a whole number")
-            if value < 1:
-                raise ValueError(f"{name}: got {value}, expected at least 1")
+            if isinstance(value, bool):
+                raise TypeError(f"{name}: got {value}, expected a whole number")
+            object.__setattr__(self, name, check_count(name, value))  # a Python number, whatever it was
         for name in ("max_span", "ramp", "span_temperature"):
             value = getattr(self, name)
-            if not isinstance(value, int | float):
-                raise TypeError(f"{name}: got {value!r}, expected a number")
-            if not (isfinite(check_number(name, value)) and value > 0):
+            number = check_number(name, value)
+            if not (isfinite(number) and number > 0):
                 raise ValueError(f"{name}: got {value}, expected a finite number > 0")
-            if isinstance(value, float):  # one of NumPy's would widen the arrays that it is multiplied by
-                object.__setattr__(self, name, float(value))
+            if not isinstance(value, int):  # a float of NumPy would widen the arrays that it is multiplied by
+                object.__setattr__(self, name, number)
         if self.ramp < SHORTEST_RAMP:
             raise ValueError(f"ramp: got {self.ramp}, expected at least {SHORTEST_RAMP:g}")
         if self.norm not in ("post", "pre"):

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from refspan.arrays import Array, device_of
+from refspan.arrays import Array, check_dtype, check_shape, device_of
 
 NEVER = -(2**62)
 """Age of an empty slot. It grows with the others, and would pass 0 after 10^18 steps."""
@@ -96,6 +96,15 @@ def own_ages(xp: Any, batch: int, queries: int, device: Any) -> Array:
     """Ages of a block's own memories, as seen from its first query: 0, -1, .., 1 - M.   [B, M]."""
     age = -xp.arange(queries, dtype=xp.int64, device=device)
     return xp.broadcast_to(age, (batch, queries))
+
+
+def check_ages(xp: Any, name: str, age: Array, shape: tuple[int | str, ...]) -> None:
+    """Raise unless `age` is int64 of this shape, each at least 1 or that of an empty slot."""
+    check_shape(name, age, shape)
+    check_dtype(xp, name, age, ("int64",))
+    wrong = (age < 1) & (age > NEVER // 2)
+    if bool(xp.any(wrong)):
+        raise ValueError(f"{name}: got {int(xp.min(xp.where(wrong, age, 1)))}, expected at least 1")
 
 
 def expired(xp: Any, span: Array, age: Array, ramp: float) -> Array:

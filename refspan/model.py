@@ -10,9 +10,10 @@ constant there: gradients do not leave the block.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any, NamedTuple
 
-from refspan.arrays import Array, check_shape, device_of, namespace_of
+from refspan.arrays import Array, check_dtype, check_number, check_shape, device_of, namespace_of
 from refspan.config import ModelConfig, check_parameters
 from refspan.cross_entropy import cross_entropy, cross_entropy_backward, log_softmax
 from refspan.dropout import Dropout
@@ -20,7 +21,7 @@ from refspan.embedding import embedding, embedding_backward
 from refspan.layer import SavedLayer, layer, layer_backward
 from refspan.layer_norm import layer_norm, layer_norm_backward
 from refspan.linear import grad_bias, linear, linear_backward
-from refspan.memory import Memory, empty_memory, expired
+from refspan.memory import Memory, check_ages, empty_memory, expired
 from refspan.span_loss import span_loss
 
 
@@ -165,13 +166,18 @@ def loss_and_gradients(
         TypeError, ValueError: an argument of the wrong type, dtype, shape or range; the message names it.
     """
     xp = check_parameters(config, params)
-    check_tokens(config, tokens)
-    check_shape("targets", targets, tuple(tokens.shape))
-    check_tokens(config, targets, "targets")
-    if not 0 <= span_loss_weight < float("inf"):
+    table = params["embedding.weight"]
+    check_tokens(config, table, "tokens", tokens, ("B", "M"))
+    check_tokens(config, table, "targets", targets, tuple(tokens.shape))
+    span_loss_weight = check_number("span_loss_weight", span_loss_weight)
+    if not (isfinite(span_loss_weight) and span_loss_weight >= 0):
         raise ValueError(f"span_loss_weight: got {span_loss_weight}, expected a finite number >= 0")
-    if span_limit is not None and not span_limit >= 0:
-        raise ValueError(f"span_limit: got {span_limit}, expected a number of steps >= 0")
+    if span_limit is not None:
+        span_limit = check_number("span_limit", span_limit, "a number of steps")
+        if not span_limit >= 0:
+            raise ValueError(f"span_limit: got {span_limit}, expected a number of steps >= 0")
+    if dropout is not None and not isinstance(dropout, Dropout):
+        raise TypeError(f"dropout: got {dropout!r}, expected a Dropout")
     wide = widened(xp, params)
     if memory is None:
         memory = start_memory(config, wide, tokens.shape[0])
@@ -215,12 +221,11 @@ def widened(xp: Any, params: Mapping[str, Array]) -> dict[str, Array]:
     return {name: xp.astype(x, xp.result_type(x.dtype, xp.float32), copy=False) for name, x in params.items()}
 
 
-def check_tokens(config: ModelConfig, tokens: Array, name: str = "tokens") -> None:
-    """Raise unless `tokens` are int64 [B, M] with M >= 1, all in 0..V-1."""
-    xp = namespace_of(**{name: tokens})
-    check_shape(name, tokens, ("B", "M"))
-    if tokens.dtype != xp.int64:
-        raise TypeError(f"{name}: got {tokens.dtype}, expected int64")
+def check_tokens(config: ModelConfig, table: Array, name: str, tokens: Array, shape: tuple[int | str, ...]) -> None:
+    """Raise unless `tokens` are int64 of this shape, not empty, of the array library of `table`, all in 0..V-1."""
+    xp = namespace_of(parameters=table, **{name: tokens})
+    check_shape(name, tokens, shape)
+    check_dtype(xp, name, tokens, ("int64",))
     if 0 in tokens.shape:
         raise ValueError(f"{name}: got shape {tuple(tokens.shape)}, expected at least one row and one token")
     low, high = int(xp.min(tokens)), int(xp.max(tokens))
@@ -231,14 +236,23 @@ def check_tokens(config: ModelConfig, tokens: Array, name: str = "tokens") -> No
 
 def check_memory(config: ModelConfig, params: Mapping[str, Array], memory: Sequence[Memory], batch: int) -> None:
     """Raise unless `memory` is one of hidden states for each layer, for this batch and model."""
+    table = params["embedding.weight"]
+    for i, one in enumerate(check_layers(config, memory)):
+        name = f"memory of layer {i}"
+        if not isinstance(one, Memory) or "hidden" not in one.contents:
+            raise TypeError(f"{name}: got {type(one).__name__}, expected a Memory that loss_and_gradients returned")
+        hidden = one.contents["hidden"]
+        xp = namespace_of(parameters=table, **{f"{name}: hidden": hidden, f"{name}: age": one.age})
+        check_shape(f"{name}: hidden", hidden, (batch, "N", config.hidden_size))
+        if hidden.dtype != table.dtype:
+            raise TypeError(f"{name}: hidden: got {hidden.dtype}, expected {table.dtype}")
+        check_ages(xp, f"{name}: age", one.age, tuple(hidden.shape[:2]))
+
+
+def check_layers(config: ModelConfig, memory: Sequence[Any]) -> Sequence[Any]:
+    """`memory`, if it has an item for each layer."""
+    if not isinstance(memory, Sequence):
+        raise TypeError(f"memory: got {type(memory).__name__}, expected a list with an item for each layer")
     if len(memory) != config.layers:
         raise ValueError(f"memory: got {len(memory)} layers, expected {config.layers}")
-    dtype = params["embedding.weight"].dtype
-    for i, one in enumerate(memory):
-        if not isinstance(one, Memory) or "hidden" not in one.contents:
-            raise TypeError(
-                f"memory of layer {i}: expected a Memory of hidden states, as loss_and_gradients returns it"
-            )
-        check_shape(f"memory of layer {i}: hidden", one.contents["hidden"], (batch, one.slots, config.hidden_size))
-        if one.contents["hidden"].dtype != dtype:
-            raise TypeError(f"memory of layer {i}: got {one.contents['hidden'].dtype}, expected {dtype}")
+    return memory

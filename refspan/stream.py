@@ -6,15 +6,15 @@ block is. A step either succeeds as a whole or leaves the stream as it was.
 
 from collections.abc import Mapping, Sequence
 
-from refspan.arrays import Array, check_count, check_shape, device_of
+from refspan.arrays import FLOATS, Array, check_count, check_dtype, check_shape, check_whole, device_of, namespace_of
 from refspan.config import ModelConfig, check_parameters
 from refspan.cross_entropy import log_softmax
 from refspan.embedding import embedding
 from refspan.layer import Remembered, attend, finish, normalise_input, remember
 from refspan.layer_norm import layer_norm
 from refspan.linear import linear
-from refspan.memory import NEVER, Memory, empty_memory, expired
-from refspan.model import check_tokens, layer_parameters, widened
+from refspan.memory import Memory, check_ages, empty_memory, expired
+from refspan.model import check_layers, check_tokens, layer_parameters, widened
 from refspan.visibility import group_of
 
 
@@ -93,8 +93,7 @@ class Stream:
             TypeError, ValueError: `tokens` are no such array. The stream goes on as if they had not been given.
             MemoryLimitError: see `open_model`; likewise.
         """
-        check_shape("tokens", tokens, (self._batch, "M"))
-        check_tokens(self._config, tokens)
+        check_tokens(self._config, self._given["embedding.weight"], "tokens", tokens, (self._batch, "M"))
         xp, size, memory, parts = self._xp, self._config.block_size, self._memory, []
         for start in range(0, tokens.shape[1], size):  # any cut gives the same (AGE); this one bounds the work
             log_probs, memory = self._block(tokens[:, start : start + size], memory)
@@ -116,6 +115,7 @@ class Stream:
 
     def reset(self, row: int) -> None:
         """One row of the batch starts anew, empty; the others go on."""
+        row = check_whole("row", row)
         if not 0 <= row < self._batch:
             raise ValueError(f"row: got {row}, expected 0 to {self._batch - 1}")
         xp = self._xp
@@ -148,6 +148,7 @@ class Stream:
                 full = f"layers.{i}.{name}"
                 if full not in state:
                     raise ValueError(f"state {full}: missing")
+                namespace_of(parameters=like, **{f"state {full}": state[full]})
                 check_shape(f"state {full}", state[full], (self._batch, slots, *like.shape[2:]))
                 slots = int(state[full].shape[1])
                 if state[full].dtype != like.dtype:
@@ -155,6 +156,12 @@ class Stream:
             contents = {name: state[f"layers.{i}.{name}"] for name in empty.contents}
             if not all(bool(xp.all(xp.isfinite(array))) for array in contents.values()):
                 raise ValueError(f"state of layer {i}: holds NaN or infinite numbers")
+            check_ages(xp, f"state layers.{i}.age", state[f"layers.{i}.age"], (self._batch, slots))
+            span, longest = contents["span"], self._config.max_span
+            wrong = (span < 0) | (span > longest)
+            if bool(xp.any(wrong)):
+                got = float(xp.max(xp.where(wrong, span, -xp.inf)))
+                raise ValueError(f"state layers.{i}.span: got {got:g}, expected 0 to {longest:g}")
             memory.append(Memory(state[f"layers.{i}.age"], contents))
         self._memory = memory
 
@@ -202,19 +209,20 @@ class Stream:
 
     def _remembered(self, memory: Sequence[tuple[Array, Array]]) -> list[Memory]:
         """Keys, values and spans of given hidden states."""
-        xp, config = self._xp, self._config
-        if len(memory) != config.layers:
-            raise ValueError(f"memory: got {len(memory)} layers, expected {config.layers}")
-        made = []
-        for i, (hidden, age) in enumerate(memory):
-            check_shape(f"memory of layer {i}: hidden", hidden, (self._batch, "N", config.hidden_size))
-            check_shape(f"memory of layer {i}: age", age, tuple(hidden.shape[:2]))
-            if age.dtype != xp.int64:
-                raise TypeError(f"memory of layer {i}: age: got {age.dtype}, expected int64")
-            if not bool(xp.all((age >= 1) | (age == NEVER))):
-                raise ValueError(f"memory of layer {i}: age: got {int(xp.min(age))}, expected at least 1")
+        xp, config, made = self._xp, self._config, []
+        table = self._given["embedding.weight"]
+        for i, pair in enumerate(check_layers(config, memory)):
+            name = f"memory of layer {i}"
+            try:
+                hidden, age = pair
+            except (TypeError, ValueError):
+                raise TypeError(f"{name}: got {type(pair).__name__}, expected a pair (hidden, age)") from None
+            namespace_of(parameters=table, **{f"{name}: hidden": hidden, f"{name}: age": age})
+            check_shape(f"{name}: hidden", hidden, (self._batch, "N", config.hidden_size))
+            check_dtype(xp, f"{name}: hidden", hidden, FLOATS)
+            check_ages(xp, f"{name}: age", age, tuple(hidden.shape[:2]))
             if not bool(xp.all(xp.isfinite(hidden))):
-                raise ValueError(f"memory of layer {i}: hidden: holds NaN or infinite numbers")
+                raise ValueError(f"{name}: hidden: holds NaN or infinite numbers")
             p = self._layers[i]
             normal = normalise_input(xp, config, p, xp.astype(hidden, p["span.weight"].dtype))
             self._projected += self._batch * int(hidden.shape[1])

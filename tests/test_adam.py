@@ -257,7 +257,7 @@ GOOD = {"step": np.asarray(3), "first.x": np.ones(2), "second.x": np.ones(2)}
         ({**GOOD, "step": np.asarray(0)}, ValueError, "state step: got 0, expected at least 1"),
         ({**GOOD, "step": np.asarray(1.0)}, TypeError, "state step: got float64, expected int64"),
         ({**GOOD, "step": np.asarray([1])}, ValueError, r"state step: got shape \(1,\), expected \(\)"),
-        ({**GOOD, "second.x": np.ones(3)}, ValueError, r"state second.x: got shape \(3,\), expected \(2\)"),
+        ({**GOOD, "second.x": np.ones(3)}, ValueError, r"state second.x: got shape \(3,\), expected \(2,\)"),
         ({**GOOD, "second.x": -np.ones(2)}, ValueError, "state second.x: holds numbers below 0"),
         ({**GOOD, "first.x": np.array([1, np.nan])}, ValueError, "state first.x: holds NaN"),
         ({**GOOD, "first.x": np.ones(2, np.float16)}, TypeError, "state first.x: got float16, expected float32 or"),
