@@ -95,11 +95,12 @@ class Stream:
         """
         check_tokens(self._config, self._given["embedding.weight"], "tokens", tokens, (self._batch, "M"))
         xp, size, memory, parts = self._xp, self._config.block_size, self._memory, []
-        for start in range(0, tokens.shape[1], size):  # any cut gives the same (AGE); this one bounds the work
-            log_probs, memory = self._block(tokens[:, start : start + size], memory)
+        count = tokens.shape[1]
+        for start in range(0, count, size):  # any cut gives the same (AGE); this one bounds the work
+            log_probs, memory = self._block(tokens[:, start : min(start + size, count)], memory)
             parts.append(xp.astype(log_probs, self._dtype, copy=False))
         self._memory = memory
-        self._projected += self._batch * tokens.shape[1] * self._config.layers
+        self._projected += self._batch * count * self._config.layers
         return parts[0] if len(parts) == 1 else xp.concat(parts, axis=1)
 
     def memory_size(self) -> tuple[int, ...]:
