@@ -44,12 +44,13 @@ class Memory:
         batch, queries = next(iter(contents.values())).shape[:2]
         age = own_ages(xp, batch, queries, device_of(self.age))
         before, after = self.slots, self.slots + queries
-        age = xp.concat([self.age[:, :before], age, self.age[:, after:]], axis=1)
         if self.room < queries:
             kept = {name: x[:, :before, ...] for name, x in self.contents.items()}
-            return Memory(age, {name: xp.concat([kept[name], new], axis=1) for name, new in contents.items()})
+            both = {name: xp.concat([kept[name], new], axis=1) for name, new in contents.items()}
+            return Memory(xp.concat([self.age[:, :before], age], axis=1), both)
         for name, new in contents.items():
             self.contents[name][:, before:after, ...] = new
+        age = xp.concat([self.age[:, :before], age, self.age[:, after:]], axis=1)
         return Memory(age, self.contents, self.room - queries)
 
     def advance(self, queries: int) -> "Memory":
