@@ -30,7 +30,8 @@ class Dropout:
 
     def of(self, place: int) -> "Dropout":
         """Decisions for another place in the model, independent of those made here."""
-        return Dropout(self.rate, (self.seed * 0x9E3779B1 + place * 0x85EBCA77 + 1) % 2**64)
+        low, high = (_hash(self.seed, (place, half)) for half in (0, 1))
+        return Dropout(self.rate, high << 32 | low)
 
     def scale(self, xp: Any, dtype: Any, *coordinates: Array) -> Array:
         """0 or 1 / (1 - rate) for each combination of the int64 `coordinates`, which broadcast."""
@@ -50,13 +51,13 @@ class Dropout:
 _WORD = 2**32 - 1
 
 
-def _hash(seed: int, coordinates: tuple[Array, ...]) -> Array:
-    """32 well-mixed bits, as int64, of the seed and of the low words of the coordinates.
+def _hash(seed: int, coordinates: tuple[Array, ...]) -> Any:
+    """32 well-mixed bits of the seed, of 64 bits, and of the low words of the coordinates: numbers or int64 arrays.
 
     Each coordinate is mixed before it meets the state: else seeds that differ in one bit would make the same decisions
     in another order.
     """
-    state: Any = (seed ^ (seed >> 32)) & _WORD
+    state: Any = _mix(_mix(seed & _WORD ^ 0x9E3779B9) ^ (seed >> 32 & _WORD))
     for coordinate in coordinates:
         state = _mix(_mix(coordinate & _WORD) ^ state)
     return state
