@@ -64,7 +64,13 @@ def shortening(probe: Probe, case: TrainingCase) -> None:
         probe.compare(f"span loss of block {i}", np.asarray(answer[1]), taught.span)
 
 
-@check("training.gradients", clauses=["GRAD", "LOSS", "SPAN", "SHORTEN", "LAYER", "MODEL"], needs=NEEDS, cost=COST, cases=blocks)
+@check(
+    "training.gradients",
+    clauses=["GRAD", "LOSS", "SPAN", "SHORTEN", "LAYER", "MODEL"],
+    needs=NEEDS,
+    cost=COST,
+    cases=blocks,
+)
 def gradients(probe: Probe, case: TrainingCase) -> None:
     """Gradients of all parameters, memories of earlier blocks being constants."""
     (answers,) = probe.programs(case.program)
