@@ -104,6 +104,8 @@ def span_attention(
     ramp = check_ramp(ramp)
     check_attention(xp, query, key, value, span, age, position)
     scratch_bytes = check_count("scratch_bytes", scratch_bytes)
+    if dropout is not None and not isinstance(dropout, Dropout):
+        raise TypeError(f"dropout: got {dropout!r}, expected a refspan.Dropout or None")
     batch, heads, queries, head_size = query.shape
     dtype = xp.result_type(query.dtype, xp.float32)
     new = {"dtype": dtype, "device": device_of(query)}

@@ -20,7 +20,11 @@ NEVER = -(2**62)
 
 @dataclass(frozen=True)
 class Memory:
-    """The memories of one layer for each row of a batch, in N slots; a value: what it holds never changes."""
+    """The memories of one layer for each row of a batch, in N slots; a value, never changed in place.
+
+    With one exception: what is appended to a memory with `room` is written into that room, where nothing is held. So a
+    memory with room has one successor. Those that leave this package have none.
+    """
 
     age: Array
     """[B, N] int64, steps from each memory to the next block's first query; `NEVER` where a slot is empty."""

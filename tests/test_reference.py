@@ -357,3 +357,9 @@ def test_cupy():
     np.testing.assert_allclose(cupy.asnumpy(other), output, rtol=0, atol=1e-12)
     for part, grad in grads._asdict().items():
         np.testing.assert_allclose(cupy.asnumpy(getattr(others, part)), grad, rtol=0, atol=1e-12, err_msg=part)
+
+
+def test_dropout_that_is_none():
+    arguments, options = step()
+    with pytest.raises(TypeError, match=r"dropout: got 0\.1, expected a refspan\.Dropout or None"):
+        refspan.span_attention(**arguments, **options, dropout=0.1)
