@@ -167,7 +167,7 @@ def _given_memory(
     """Hidden states at distinct ages, shuffled, with gaps, as many in each layer as another one has not."""
     given = []
     for i in range(config.layers):
-        slots = 4 + i
+        slots = (4 + i) * int(rng.integers(4) > 0)  # now and then there are none
         hidden = rng.standard_normal((batch, slots, config.hidden_size)).astype(dtype)
         age = np.stack([1 + rng.permutation(3 * slots)[:slots] for _ in range(batch)])
         given.append((hidden, age))

@@ -62,8 +62,9 @@ def blocks(
     for _ in range(draw(st.integers(least, 4))):
         length = draw(st.sampled_from((config.block_size, 1, config.block_size + 2)))
         tokens, targets = rng.integers(0, config.vocab_size, (2, batch, length))
-        limit = draw(st.sampled_from(limited)) and float(rng.uniform(0, config.max_span))
-        program.append(Learn("a", config, params, tokens, targets, weight, limit or None))
+        shortest = draw(st.sampled_from((0.0, 0.2)))  # a limit of 0 is one
+        limit = float(rng.uniform(0, config.max_span)) * (shortest > 0) if draw(st.sampled_from(limited)) else None
+        program.append(Learn("a", config, params, tokens, targets, weight, limit))
     return TrainingCase(tuple(program), (words,))
 
 

@@ -243,11 +243,12 @@ class OldestGoAtCapacity(Plain):
 
 @mutant("memory.saturated")
 class BufferWithoutRoomForTheRamp(Plain):
-    """FB (flaw 10): room for L + M memories, where R not a multiple of M needs more."""
+    """FB (flaw 10): the ramp gets room in whole blocks, which is too little unless R is a multiple of M."""
 
     def forget(self, config, p, hidden, age):
         hidden, age = super().forget(config, p, hidden, age)
-        if len(age) > config.max_span:
+        room = config.max_span + config.ramp // config.block_size * config.block_size
+        if len(age) > room:
             raise IndexError("shapes do not match")
         return hidden, age
 

@@ -8,7 +8,7 @@ from unittest.mock import patch
 import numpy as np
 
 import refspan
-from refspan import layer, model
+from refspan import layer, memory, model
 from refspan.conformance.backends.reference import NumpyBackend
 
 TRAINING_MUTANTS = {}
@@ -25,16 +25,16 @@ def mutant(*rejected_by):
 
 
 class Patched(NumpyBackend):
-    """While a block is learnt, `name` of `module` is what `replacement` makes of it."""
+    """While a block is learnt, the function `target` of `module` is what `replacement` makes of it."""
 
-    module, name = model, "cross_entropy"
+    module, target = model, "cross_entropy"
 
     def replacement(self, original):
         raise NotImplementedError
 
     def loss_and_gradients(self, *arguments, **options):
-        original = getattr(self.module, self.name)
-        with patch.object(self.module, self.name, self.replacement(original)):
+        original = getattr(self.module, self.target)
+        with patch.object(self.module, self.target, self.replacement(original)):
             return super().loss_and_gradients(*arguments, **options)
 
 
@@ -58,7 +58,7 @@ class FirstRowOnly(Patched):
 class LossOfRemainingSpans(Patched):
     """FB (flaw 12): r in place of e, so that the loss is negative; its gradient is right."""
 
-    name = "span_loss"
+    target = "span_loss"
 
     def replacement(self, original):
         def span_loss(xp, span, age, *, queries, ramp, weight):
@@ -93,7 +93,7 @@ class SpanLossTeachesNothing(NumpyBackend):
 class PlateauIsChargedToo(Patched):
     """Every memory that is still live is charged, not only those on the ramp."""
 
-    name = "span_loss"
+    target = "span_loss"
 
     def replacement(self, original):
         def span_loss(xp, span, age, *, queries, ramp, weight):
@@ -108,7 +108,7 @@ class PlateauIsChargedToo(Patched):
 class SpanLossSummedOverTheBatch(Patched):
     """The batch mean is forgotten."""
 
-    name = "span_loss"
+    target = "span_loss"
 
     def replacement(self, original):
         return lambda xp, span, age, **options: original(xp, span, age, **options) * len(span)
@@ -118,7 +118,7 @@ class SpanLossSummedOverTheBatch(Patched):
 class ShorteningDeletesMemories(Patched):
     """LR (flaw 7): the limit of one step decides what is kept for all later ones."""
 
-    name = "expired"
+    module, target = memory, "expired"
 
     def loss_and_gradients(self, *arguments, span_loss_weight=0.0, span_limit=None):
         self.limit = span_limit
@@ -141,7 +141,7 @@ class NeverShortens(NumpyBackend):
 class ShortenedSpansLearn(Patched):
     """Spans that were cut short get the gradient of what is left of them."""
 
-    module, name = layer, "shorten_backward"
+    module, target = layer, "shorten_backward"
 
     def replacement(self, original):
         return lambda xp, grad, span, limit: grad
@@ -151,7 +151,7 @@ class ShortenedSpansLearn(Patched):
 class TemperatureForgottenInTheGradient(Patched):
     """The span predictor's weight learns as if nothing divided the hidden states."""
 
-    module, name = layer, "expire_span_backward"
+    module, target = layer, "expire_span_backward"
 
     def replacement(self, original):
         def backward(xp, grad_span, hidden, weight, bias, *, max_span, temperature):
@@ -167,7 +167,7 @@ class TemperatureForgottenInTheGradient(Patched):
 class LastTokenWins(Patched):
     """Gradients of embeddings are assigned, not added: of tokens that repeat the last one counts."""
 
-    name = "embedding_backward"
+    target = "embedding_backward"
 
     def replacement(self, original):
         def backward(xp, grad_rows, tokens, weight):
@@ -180,27 +180,24 @@ class LastTokenWins(Patched):
 
 @mutant("training.gradients")
 class BlockKeysAreConstants(Patched):
-    """The block's own keys and values are taken for memories, through which no gradient flows back."""
+    """The block's own keys and values are taken for memories, from which no gradient flows."""
 
-    module, name = layer, "linear_backward"
+    module, target = layer, "span_attention_backward"
 
     def replacement(self, original):
-        def backward(xp, grad_y, x, weight):
-            grad_x, grad_weight = original(xp, grad_y, x, weight)
-            return (0 * grad_x if grad_y.shape[1] == x.shape[1] > self.length else grad_x), grad_weight
+        def backward(grad_output, saved):
+            grads = original(grad_output, saved)
+            own = (saved.age <= 0)[:, None, :, None]
+            return grads._replace(key=np.where(own, 0, grads.key), value=np.where(own, 0, grads.value))
 
         return backward
-
-    def loss_and_gradients(self, config, params, tokens, targets, memory, **options):
-        self.length = tokens.shape[1]
-        return super().loss_and_gradients(config, params, tokens, targets, memory, **options)
 
 
 @mutant("training.gradients")
 class NormWithoutMeanGradient(Patched):
     """Layer norm's backward forgets that the mean depends on every number."""
 
-    module, name = layer, "layer_norm_backward"
+    module, target = layer, "layer_norm_backward"
 
     def replacement(self, original):
         def backward(xp, grad_y, x, weight):

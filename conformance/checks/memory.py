@@ -93,7 +93,13 @@ def state_machine(probe: Probe, case: ModelCase) -> None:
     follow(probe, case)
 
 
-@check("memory.bound", clauses=["BOUND"], needs=NEEDS, cost=COST, cases=some(sizes=True, least_tokens=20))
+@check(
+    "memory.bound",
+    clauses=["BOUND"],
+    needs=NEEDS,
+    cost=COST,
+    cases=some(sizes=True, resets=True, restores=True, least_tokens=20),
+)
 def bound(probe: Probe, case: ModelCase) -> None:
     """No more memories are held than are live in the fullest row, rounded up to the granularity that is documented."""
     (answers,) = probe.programs(case.program)

@@ -90,11 +90,13 @@ def _starts(dtype: np.dtype) -> st.SearchStrategy[ModelCase]:
 def initial_spans(probe: Probe, case: ModelCase) -> None:
     """All spans start at the same fraction of L, whatever the hidden state, where the sigmoid still has a slope."""
     ((params,),) = probe.programs(case.program)
+    first = float(params["layers.0.span.bias"])
     for name, array in params.items():
         if name.endswith("span.weight"):
             probe.compare(f"initial {name}", array, Expected(np.zeros(array.shape), np.zeros(array.shape)))
         if name.endswith("span.bias"):
             bias = float(array)
+            probe.compare(f"initial {name}", array, Expected(np.asarray(first), np.asarray(0.0)))
             slope = 1 / ((1 + np.exp(-bias)) * (1 + np.exp(bias)))
             if not slope >= 1e-3:
                 raise Misbehaviour(
