@@ -3,13 +3,18 @@
 It computes what refspan specifies, gradients by autograd, in the way that the original implementation does:
 
 - a layer remembers hidden states, and makes keys, values and spans of all of them again for every block;
-- logits, mask and weights are dense, [B, H, M, N] or [B, 1, M, N], whether a memory is still seen or not;
+- logits, mask and weights are dense, [B, H, M, N], whether a memory is still seen or not; the mask is repeated for each
+  head before it is multiplied by the causal one, and once more as a bias of 0 and -inf that is added to the logits;
 - weights are a softmax over what the mask lets through, times the mask, divided by their new sum;
+- what the span loss counts is computed whether it is asked for or not;
 - the position term is added to the newest memories only, whose ages are known without looking;
 - memories are dropped in multiples of the block, as many as the row of the batch with the fewest expired ones allows.
 
 It differs from the original in two points, as refspan does: a stream starts empty, and nothing is added to the new
 sum of the weights (the original adds 1e-8). Blocks have the length of the model's block, the last one may be shorter.
+
+`lean=True` is the same model as one would write it after a first look at a profile: one mask for all heads, filled in
+where it forbids, and no span loss unless wanted. It tells how much of a difference is the style, and how much is not.
 """
 
 from collections.abc import Mapping
@@ -43,7 +48,7 @@ class Losses(NamedTuple):
 class EagerTransformer(nn.Module):
     """The whole model; its parameters have refspan's names."""
 
-    def __init__(self, config: ModelConfig, params: Mapping[str, np.ndarray]) -> None:
+    def __init__(self, config: ModelConfig, params: Mapping[str, np.ndarray], *, lean: bool = False) -> None:
         super().__init__()
         size, places = config.hidden_size, len(params["position.weight"])
         if places > config.block_size:
@@ -51,7 +56,7 @@ class EagerTransformer(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, size)
         self.position = nn.Embedding(places, config.head_size)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.layers = nn.ModuleList(Layer(config, lean) for _ in range(config.layers))
         if config.norm == "pre":
             self.final_norm = nn.LayerNorm(size)
         self.output = nn.Linear(size, config.vocab_size)
@@ -90,10 +95,10 @@ class EagerTransformer(nn.Module):
 class Layer(nn.Module):
     """One layer, post- or pre-norm."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, lean: bool) -> None:
         super().__init__()
         size, inner, wide = config.hidden_size, config.heads * config.head_size, config.feedforward_size
-        self.config = config
+        self.config, self.lean = config, lean
         self.attention = nn.ModuleDict(
             {
                 "query": nn.Linear(size, inner, bias=False),
@@ -116,9 +121,10 @@ class Layer(nn.Module):
         pre = self.config.norm == "pre"
         u = self.norm1(context) if pre else context
         span = self.span(u)  # [B, N]
-        mask = self.mask(span, age, queries)  # [B, M, N]
-        loss = self.span_loss(span, mask, span_loss_weight) if span_loss_weight else 0.0
-        y = x + self.attend(u, mask, queries, position)
+        distance = age[:, None, :] + torch.arange(queries)[:, None]  # [B, M, N]
+        mask = self.mask(span, distance)  # [B, M, N]
+        loss = self.span_loss(span, mask, span_loss_weight) if span_loss_weight or not self.lean else 0.0
+        y = x + self.attend(u, mask, distance >= 1, position)
         if pre:
             z = y + self.feed(self.norm2(y))
         else:
@@ -126,24 +132,29 @@ class Layer(nn.Module):
             z = self.norm2(y + self.feed(y))
         return z, loss, self.drop(context.detach(), age + queries, span.detach())
 
-    def mask(self, span: Tensor, age: Tensor, queries: int) -> Tensor:
-        """m = clip(1 + (e - distance) / R, 0, 1), 0 for a query's own step and later ones.   [B, M, N]."""
-        distance = age[:, None, :] + torch.arange(queries)[:, None]
+    def mask(self, span: Tensor, distance: Tensor) -> Tensor:
+        """m = clip(1 + (e - distance) / R, 0, 1).   [B, N], [B, M, N] -> [B, M, N]."""
         remaining = span[:, None, :] - distance
-        return (1 + remaining / self.config.ramp).clamp(0, 1).masked_fill(distance < 1, 0)
+        return (1 + remaining / self.config.ramp).clamp(0, 1)
 
-    def attend(self, u: Tensor, mask: Tensor, queries: int, position: Tensor) -> Tensor:
-        """Attention of the last `queries` steps over all of u.   [B, N, d], [B, M, N], [P, D] -> [B, M, d]."""
-        project = self.attention
+    def attend(self, u: Tensor, mask: Tensor, past: Tensor, position: Tensor) -> Tensor:
+        """Attention of the last M steps over all of u.   [B, N, d], [B, M, N] twice, [P, D] -> [B, M, d]."""
+        project, queries = self.attention, mask.shape[1]
         query = self.split(project["query"](u[:, -queries:]))  # [B, H, M, D]
         key, value = self.split(project["key"](u)), self.split(project["value"](u))  # [B, H, N, D]
         logits = query @ key.mT  # [B, H, M, N]
         if len(position):
             near = self.position_logits(query, position)[..., -logits.shape[-1] :]
             logits[..., -near.shape[-1] :] += near
-        mask = mask[:, None]  # [B, 1, M, N]
         lowest = torch.finfo(logits.dtype).min  # not -inf: a query without memories has weights 0, not NaN
-        weights = (logits.masked_fill(mask == 0, lowest) / sqrt(self.config.head_size)).softmax(dim=-1) * mask
+        if self.lean:
+            mask = (mask * past)[:, None]  # [B, 1, M, N]
+            logits = logits.masked_fill(mask == 0, lowest)
+        else:
+            mask = mask.repeat_interleave(self.config.heads, dim=0).unflatten(0, (-1, self.config.heads))
+            mask = mask * past[:, None]  # [B, H, M, N]
+            logits = logits + torch.zeros_like(logits).masked_fill_(mask == 0, lowest)
+        weights = (logits / sqrt(self.config.head_size)).softmax(dim=-1) * mask
         total = weights.sum(dim=-1, keepdim=True)
         weights = weights / (total + (total == 0))
         return project["output"]((weights @ value).transpose(1, 2).flatten(2))

@@ -8,8 +8,9 @@ Work is cut into tiles, some heads times some queries against all visible memori
 into `scratch_bytes`. Memories that no query of the block sees never enter a tile.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from math import sqrt
+from math import prod, sqrt
 from typing import Any, NamedTuple
 
 from refspan.arrays import (
@@ -29,13 +30,19 @@ from refspan.position import position_scores_backward
 from refspan.row import Row
 from refspan.tiles import SCRATCH_BYTES, tiles
 
+BACKWARD_ARRAYS = 4
+"""Arrays of a tile that backward holds at once: weights, their gradients, and parts of both."""
+
 HARMLESS = 30.0
 """Logits of at most this size need no shift: exp(30) is 1e13, and exp(-30) times the faintest mask still 1e-21."""
 
 
 @dataclass(frozen=True)
 class SavedAttention:
-    """What `span_attention_backward` needs of the forward pass; of size B*H*M, never B*H*M*N."""
+    """What `span_attention_backward` needs of the forward pass.
+
+    Of size B*H*M, but for the exponentials that `keep_bytes` has room for.
+    """
 
     query: Array
     key: Array
@@ -52,6 +59,8 @@ class SavedAttention:
     """[B, H, M, 1], sum_j m_tj exp(s_tj - peak_t) (1 where no memory is live)."""
     dropout: Dropout | None
     scratch_bytes: int
+    exponentials: Sequence[Array]
+    """exp(s - peak) of the first tiles [h, m, n], in the order of the loops; others are computed again."""
 
 
 class AttentionGradients(NamedTuple):
@@ -75,6 +84,7 @@ def span_attention(
     position: Array | None = None,
     dropout: Dropout | None = None,
     scratch_bytes: int = SCRATCH_BYTES,
+    keep_bytes: int = 0,
 ) -> tuple[Array, SavedAttention]:
     """Attention of a block of queries under the soft span mask (PAST, MASK, LOGIT, WEIGHT, EMPTY, OUTPUT).
 
@@ -93,6 +103,7 @@ def span_attention(
         dropout: of normalised weights, for training. Decided by batch row, head, query and age, so that neither the
             order of memories nor dropping any changes it.
         scratch_bytes: limit of the memory for intermediate results, see `SCRATCH_BYTES`.
+        keep_bytes: exponentials of so many bytes are kept for backward, which computes the others again.
 
     Returns:
         The output, [B, H, M, D], dtype of `query`, and what `span_attention_backward` needs.
@@ -113,7 +124,11 @@ def span_attention(
     peaks = xp.zeros((batch, heads, queries, 1), **new)
     shifted = False
     totals = xp.ones((batch, heads, queries, 1), **new)
-    numbers = scratch_bytes * 8 // xp.finfo(dtype).bits // 2  # weights, and the position scores or the masked part
+    itemsize = xp.finfo(dtype).bits // 8
+    numbers = scratch_bytes // itemsize // 2  # weights, and the position scores or the masked part
+    keep, exponentials = keep_bytes // itemsize, []
+    if keep:
+        numbers = scratch_bytes // itemsize // BACKWARD_ARRAYS  # the same tiles as there
 
     for b in range(batch):
         row = Row.of(xp, span[b, :], age[b, :], queries, ramp, position, dtype)
@@ -123,28 +138,32 @@ def span_attention(
         ones = xp.ones((row.seen.visible, 1), **new)  # a product with it is a sum over memories   [n, 1]
         heads_of_tile, queries_of_tile = tiles(heads, queries, row.seen.visible, numbers)
         for m in queries_of_tile:
-            mask = row.mask(m)  # [m, partial]
+            tile = row.tile(m)
             for h in heads_of_tile:
-                weights = row.scores(q[h, m, :], k[h, ...], m)  # [h, m, n]
+                weights = tile.scores(q[h, m, :], k[h, ...])  # [h, m, n]
                 if not small:
                     shifted = True
-                    row.hide_unseen(weights, mask)
+                    tile.hide_unseen(weights)
                     peak = xp.max(weights, axis=-1, keepdims=True)  # [h, m, 1]
                     peak = xp.where(peak == -xp.inf, xp.zeros_like(peak), peak)
                     peaks[b, h, m, :] = peak
                     weights -= peak
                 weights = exp_in_place(xp, weights)  # exp(s - peak)
-                if mask is not None:
-                    weights[..., row.seen.partial] *= xp.astype(mask, dtype, copy=False)
+                keep -= prod(weights.shape)
+                if keep >= 0:
+                    exponentials.append(xp.asarray(weights, copy=True))
+                tile.apply_mask(weights)
                 total = weights @ ones  # [h, m, 1]
                 total = xp.where(total == 0, xp.ones_like(total), total)  # EMPTY: 0 / 1
                 if dropout is not None:
-                    weights *= row.dropped(dropout, b, h, m)
+                    weights *= tile.dropped(dropout, b, h)
                 output[b, h, m, :] = (weights @ v[h, ...]) / total  # [h, m, D]
                 totals[b, h, m, :] = total
 
     peak = peaks if shifted else None
-    saved = SavedAttention(query, key, value, span, age, ramp, position, output, peak, totals, dropout, scratch_bytes)
+    saved = SavedAttention(
+        query, key, value, span, age, ramp, position, output, peak, totals, dropout, scratch_bytes, exponentials
+    )
     return xp.astype(output, query.dtype), saved
 
 
@@ -196,7 +215,8 @@ def span_attention_backward(grad_output: Array, saved: SavedAttention) -> Attent
     grad_value = xp.zeros(value.shape, **new)
     grad_span = xp.zeros(saved.span.shape, **new)
     grad_position = None if position is None else xp.zeros(position.shape, **new)
-    numbers = saved.scratch_bytes * 8 // xp.finfo(dtype).bits // 4  # weights, their gradients, and parts of both
+    numbers = saved.scratch_bytes * 8 // xp.finfo(dtype).bits // BACKWARD_ARRAYS
+    exponentials = iter(saved.exponentials)
 
     for b in range(batch):
         row = Row.of(xp, saved.span[b, :], saved.age[b, :], queries, saved.ramp, position, dtype)
@@ -207,20 +227,22 @@ def span_attention_backward(grad_output: Array, saved: SavedAttention) -> Attent
         grad_s = xp.zeros((partial.stop - partial.start,), **new)  # of the partial memories' spans
         heads_of_tile, queries_of_tile = tiles(heads, queries, row.seen.visible, numbers)
         for m in queries_of_tile:
-            mask = row.mask(m)  # [m, partial]
+            tile = row.tile(m)
+            mask = tile.mask  # [m, partial]
             grad_mask = None if mask is None else xp.zeros(mask.shape, **new)
             for h in heads_of_tile:
-                weights = row.scores(q[h, m, :], k[h, ...], m)  # [h, m, n]
-                if saved.peak is not None:
-                    row.hide_unseen(weights, mask)
-                    weights -= saved.peak[b, h, m, :]  # [h, m, 1]
-                weights = exp_in_place(xp, weights)  # w = Z a, but for the mask
-                if mask is not None:
-                    unmasked = xp.asarray(weights[..., partial], copy=True)  # [h, m, partial]
-                    weights[..., partial] *= xp.astype(mask, dtype, copy=False)
+                unmasked = next(exponentials, None)  # Z a, but for the mask   [h, m, n]
+                if unmasked is None:
+                    unmasked = tile.scores(q[h, m, :], k[h, ...])
+                    if saved.peak is not None:
+                        tile.hide_unseen(unmasked)
+                        unmasked -= saved.peak[b, h, m, :]  # [h, m, 1]
+                    unmasked = exp_in_place(xp, unmasked)
+                weights = xp.asarray(unmasked, copy=True)  # w = Z a   [h, m, n]
+                tile.apply_mask(weights)
 
                 g = xp.astype(grad_output[b, h, m, :], dtype) / saved.total[b, h, m, :]  # g / Z   [h, m, D]
-                kept = None if saved.dropout is None else row.dropped(saved.dropout, b, h, m)  # x   [h, m, n]
+                kept = None if saved.dropout is None else tile.dropped(saved.dropout, b, h)  # x   [h, m, n]
                 grad_v[h, ...] += xp.matrix_transpose(weights if kept is None else weights * kept) @ g  # [h, n, D]
                 c = xp.sum(g * saved.output[b, h, m, :], axis=-1, keepdims=True)  # c / Z   [h, m, 1]
                 grad_weights = g @ xp.matrix_transpose(v[h, ...])  # [h, m, n]
@@ -229,14 +251,12 @@ def span_attention_backward(grad_output: Array, saved: SavedAttention) -> Attent
                 grad_weights -= c  # (da - c) / Z
 
                 if mask is not None:
-                    grad_mask += xp.sum(unmasked * grad_weights[..., partial], axis=0)  # [m, partial]
+                    grad_mask += xp.sum(unmasked[..., partial] * grad_weights[..., partial], axis=0)  # [m, partial]
                 weights *= grad_weights  # ds = a (da - c)   [h, m, n]
                 grad_q = weights @ k[h, ...]  # [h, m, D]
                 grad_k[h, ...] += xp.matrix_transpose(weights) @ q[h, m, :]  # [h, n, D]
-                if near.start < near.stop:
-                    grad_q_near, grad_p = position_scores_backward(
-                        xp, weights[..., near], q[h, m, :], row.position, row.age[near] + m.start
-                    )
+                if tile.reach is not None:
+                    grad_q_near, grad_p = position_scores_backward(weights[..., near], q[h, m, :], tile.reach)
                     grad_q += grad_q_near
                     grad_position += grad_p
                 grad_query[b, h, m, :] = grad_q * scale

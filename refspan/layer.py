@@ -24,6 +24,9 @@ from refspan.shorten import shorten, shorten_backward
 from refspan.span import expire_span, expire_span_backward
 from refspan.span_loss import span_loss_backward
 
+KEEP_BYTES = 32 * 2**20
+"""What training keeps of each layer's exponentials (see `span_attention`)."""
+
 
 class Remembered(NamedTuple):
     """What attention needs of memories; made once per memory when parameters are frozen (CACHE)."""
@@ -91,6 +94,7 @@ def attend(
     age: Array,
     position: Array,
     dropout: Dropout | None = None,
+    keep_bytes: int = 0,
 ) -> tuple[Array, Array, SavedAttention]:
     """Attention of a block with these u over memories: the result [B, M, d], heads joined [B, M, H D], and saved."""
     output, saved = span_attention(
@@ -102,6 +106,7 @@ def attend(
         ramp=config.ramp,
         position=position,
         dropout=dropout,
+        keep_bytes=keep_bytes,
     )
     attended = join_heads(xp, output)  # [B, M, H D]
     return linear(attended, p["attention.output.weight"]), attended, saved
@@ -159,7 +164,9 @@ def layer(
     if span_limit is not None:
         kept = kept._replace(span=shorten(xp, span, span_limit))
     attention_dropout, inner_dropout = (dropout.of(0), dropout.of(1)) if dropout else (None, None)
-    result, attended, saved = attend(xp, config, p, normal[:, -queries:, :], kept, age, position, attention_dropout)
+    result, attended, saved = attend(
+        xp, config, p, normal[:, -queries:, :], kept, age, position, attention_dropout, KEEP_BYTES
+    )
     after_attention = x + result
     z, middle, active, before_end = finish(xp, config, p, after_attention, inner_dropout)
     return z, SavedLayer(context, normal, age, span, saved, attended, after_attention, middle, active, before_end)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from refspan.arrays import Array, check_dtype, check_shape, device_of
+from refspan.visibility import group_of
 
 NEVER = -(2**62)
 """Age of an empty slot. It grows with the others, and would pass 0 after 10^18 steps."""
@@ -67,16 +68,17 @@ class Memory:
         Args:
             xp: array namespace.
             unwanted: [B, N] bool.
-            rank: [B, N] int64: those that are left stand in its order; None for the order that they have.
+            rank: [B, N] int64 >= 0: those that are left stand in its order, behind the empty slots of their row; None
+                for the order that they have.
             room: empty slots to add, for the next block.
         """
         wanted = self.held & ~unwanted
         counts = [int(count) for count in xp.sum(xp.astype(wanted, xp.int64), axis=1)]
         batch, slots, total = len(counts), max(counts, default=0), int(self.age.shape[1])
-        rank = xp.where(wanted, xp.zeros_like(self.age) if rank is None else rank, 2**62)
+        rank = xp.where(wanted, xp.zeros_like(self.age) if rank is None else rank, -1)  # empty slots come first
         if slots == total and min(counts) == slots and not bool(xp.any(rank[:, 1:] < rank[:, :-1])):
             return self
-        order = xp.argsort(rank, axis=1, stable=True)[:, :slots]
+        order = xp.argsort(rank, axis=1, stable=True)[:, total - slots :]
         order = xp.concat([order, xp.zeros((batch, room), dtype=order.dtype, device=device_of(order))], axis=1)
         rows = xp.arange(batch, dtype=order.dtype, device=device_of(order))[:, None]
         places = xp.reshape(order + rows * total, (-1,))
@@ -122,6 +124,27 @@ def expired(xp: Any, span: Array, age: Array, ramp: float) -> Array:
         ramp: R.
     """
     return xp.astype(age, span.dtype) - span >= ramp
+
+
+def after_block(
+    xp: Any, memory: Memory, span: Array, queries: int, *, ramp: float, positions: int, room: int = 0
+) -> Memory:
+    """What is left of `memory` after a block: aged (AGE), without what has expired (DROP).
+
+    In the order in which attention over the next block reads it without a copy, if that block is as long as this one.
+
+    Args:
+        xp: array namespace.
+        memory: held during the block, its own memories included.
+        span: [B, N] steps, not shortened (SHORTEN).
+        queries: M; 0 to keep ages as they are.
+        ramp: R.
+        positions: P.
+        room: empty slots to add.
+    """
+    memory = memory.advance(queries)
+    rank = group_of(xp, span, memory.age, queries=max(1, queries), ramp=ramp, positions=positions)
+    return memory.drop(xp, expired(xp, span, memory.age, ramp), rank, room)
 
 
 def empty_memory(

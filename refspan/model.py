@@ -21,7 +21,7 @@ from refspan.embedding import embedding, embedding_backward
 from refspan.layer import SavedLayer, layer, layer_backward
 from refspan.layer_norm import layer_norm, layer_norm_backward
 from refspan.linear import grad_bias, linear, linear_backward
-from refspan.memory import Memory, check_ages, empty_memory, expired
+from refspan.memory import Memory, after_block, check_ages, empty_memory
 from refspan.span_loss import span_loss
 
 
@@ -87,8 +87,8 @@ def model(
             span_limit=span_limit,
             dropout=dropout.of(i) if dropout else None,
         )
-        held = held.advance(queries)
-        after.append(held.drop(xp, expired(xp, saved_layer.span, held.age, config.ramp)))
+        positions = int(params["position.weight"].shape[0])
+        after.append(after_block(xp, held, saved_layer.span, queries, ramp=config.ramp, positions=positions))
         saved.append(saved_layer)
     final = layer_norm(xp, h, params["final_norm.weight"], params["final_norm.bias"]) if config.norm == "pre" else h
     log_probs = log_softmax(xp, linear(final, params["output.weight"], params["output.bias"]))

@@ -14,82 +14,87 @@ Both are the same numbers in the same order, read with rows one longer: each row
 zeros (dots) come from M - 1 rows of zeros before the table, and from one more query, of zeros, whose row ends the last.
 """
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from refspan.arrays import Array, device_of
 
 
-def position_scores(xp: Any, query: Array, position: Array, age: Array) -> Array:
+@dataclass(frozen=True)
+class Reach:
+    """How far the position embedding reaches from one block of queries; the same for all heads."""
+
+    xp: Any
+    table: Array
+    """The position embedding after M - 1 rows of zeros.   [W, D]"""
+    column: Array
+    """Of each memory in the table by age; the last column, all zeros, for those out of every query's reach.   [N]"""
+    queries: int
+    """M"""
+
+    @classmethod
+    def of(cls, xp: Any, position: Array, age: Array, queries: int) -> "Reach":
+        """From `position` [P, D] and the memories' `age` [N]."""
+        zeros = xp.zeros((queries - 1, position.shape[1]), dtype=position.dtype, device=device_of(position))
+        last = position.shape[0] + queries - 1
+        column = age - (2 - queries)
+        reached = (column >= 0) & (column < last)
+        return cls(xp, xp.concat([zeros, position], axis=0), xp.where(reached, column, last), queries)
+
+    @cached_property
+    def memories_of_column(self) -> list[tuple[Array, Array]]:
+        """The other way round: which memory went to each column, and whether any did.   both [W + 1].
+
+        Ages are distinct in a stream, so one such list tells all. Where several memories share an age, there is one
+        more for each rank among those that share.
+        """
+        xp, last = self.xp, self.table.shape[0]
+        order = xp.argsort(self.column, stable=True)
+        in_order = xp.take(self.column, order)
+        wanted = xp.arange(last + 1, dtype=in_order.dtype, device=device_of(in_order))
+        start = xp.searchsorted(in_order, wanted, side="left")
+        count = xp.searchsorted(in_order, wanted, side="right") - start
+        count = xp.where(wanted < last, count, xp.zeros_like(count))  # out of reach: no gradient
+        return [
+            (xp.take(order, xp.clip(start + rank, None, order.shape[0] - 1)), rank < count)
+            for rank in range(max(1, int(xp.max(count))))
+        ]
+
+
+def position_scores(query: Array, reach: Reach) -> Array:
     """q_t . p_(age_i + m), 0 where that distance is not in 1..P (LOGIT, before the division by sqrt(D)).
 
-    [H, M, D], [P, D], [N] -> [H, M, N].
+    [H, M, D] -> [H, M, N].
     """
-    heads, queries, _ = query.shape
-    table = _with_zeros(xp, position, queries)  # [W, D]
+    xp, heads = reach.xp, query.shape[0]
     more = xp.concat([query, xp.zeros_like(query[:, :1, :])], axis=1)  # [H, M + 1, D]
-    by_distance = more @ table.T  # [H, M + 1, W]
-    width = table.shape[0] + 1
-    flat = xp.reshape(by_distance, (heads, -1))[:, : queries * width]
-    by_age = xp.reshape(flat, (heads, queries, width))  # [H, M, W + 1]
-    return xp.take(by_age, _column_of(xp, age, queries, position.shape[0]), axis=-1)  # [H, M, N]
+    by_distance = more @ reach.table.T  # [H, M + 1, W]
+    width = reach.table.shape[0] + 1
+    flat = xp.reshape(by_distance, (heads, -1))[:, : reach.queries * width]
+    by_age = xp.reshape(flat, (heads, reach.queries, width))  # [H, M, W + 1]
+    return xp.take(by_age, reach.column, axis=-1)  # [H, M, N]
 
 
-def position_scores_backward(
-    xp: Any, grad_scores: Array, query: Array, position: Array, age: Array
-) -> tuple[Array, Array]:
-    """Gradients of `position_scores` with respect to `query` and `position` (GRAD).
+def position_scores_backward(grad_scores: Array, query: Array, reach: Reach) -> tuple[Array, Array]:
+    """Gradients of `position_scores` with respect to `query` and the position embedding (GRAD).
 
     The way back: sum the gradients of memories of one age, undo the shift, then the two sides of the product
 
         by_distance = Q P^T   =>   dQ = d(by_distance) P,   dP = sum_heads d(by_distance)^T Q
 
-    [H, M, N], [H, M, D], [P, D], [N] -> [H, M, D], [P, D].
+    The array API has no scatter-add, so each column looks for its memories instead.
+
+    [H, M, N], [H, M, D] -> [H, M, D], [P, D].
     """
-    heads, queries, _ = query.shape
-    table = _with_zeros(xp, position, queries)  # [W, D]
-    column = _column_of(xp, age, queries, position.shape[0])  # [N]
-    width = table.shape[0]
-    grad_by_age = _sum_by_column(xp, grad_scores, column, width + 1)  # [H, M, W + 1]
+    xp, heads, queries = reach.xp, query.shape[0], reach.queries
+    width = reach.table.shape[0]
+    zero = xp.zeros_like(grad_scores[..., :1])
+    grad_by_age = sum(  # [H, M, W + 1]
+        xp.where(found, xp.take(grad_scores, memory, axis=-1), zero) for memory, found in reach.memories_of_column
+    )
     flat = xp.reshape(grad_by_age, (heads, -1))[:, : queries * width]
     grad_by_distance = xp.reshape(flat, (heads, queries, width))  # [H, M, W]
-    grad_query = grad_by_distance @ table  # [H, M, D]
+    grad_query = grad_by_distance @ reach.table  # [H, M, D]
     grad_table = xp.sum(xp.matrix_transpose(grad_by_distance) @ query, axis=0)  # [W, D]
     return grad_query, grad_table[queries - 1 :, :]
-
-
-def _with_zeros(xp: Any, position: Array, queries: int) -> Array:
-    """The table of positions after M - 1 rows of zeros.   [P, D] -> [W, D]."""
-    zeros = xp.zeros((queries - 1, position.shape[1]), dtype=position.dtype, device=device_of(position))
-    return xp.concat([zeros, position], axis=0)
-
-
-def _column_of(xp: Any, age: Array, queries: int, positions: int) -> Array:
-    """Column of each memory in the table by age; the last column, all zeros, for those out of every query's reach."""
-    last = positions + queries - 1
-    column = age - (2 - queries)
-    reached = (column >= 0) & (column < last)
-    return xp.where(reached, column, xp.full_like(column, last))
-
-
-def _sum_by_column(xp: Any, grad: Array, column: Array, width: int) -> Array:
-    """The transpose of taking `column`: sum the memories of each column.   [H, M, N] -> [H, M, width].
-
-    The array API has no scatter-add. Ages are distinct in a stream, so a gather does: for each column, the memory that
-    it went to. Where several memories share an age, once more per rank among those that share.
-    """
-    last = column.shape[0] - 1
-    order = xp.argsort(column, stable=True)
-    in_order = xp.take(column, order)
-    wanted = xp.arange(width, dtype=column.dtype, device=device_of(column))
-    start = xp.searchsorted(in_order, wanted, side="left")
-    count = xp.searchsorted(in_order, wanted, side="right") - start
-    count = xp.where(wanted < width - 1, count, xp.zeros_like(count))  # out of reach: no gradient
-
-    def of_rank(rank: int) -> Array:
-        taken = xp.take(grad, xp.take(order, xp.clip(start + rank, None, last)), axis=-1)
-        return xp.where(rank < count, taken, xp.zeros_like(taken[..., :1]))
-
-    total = of_rank(0)
-    for rank in range(1, int(xp.max(count))):
-        total += of_rank(rank)
-    return total

@@ -7,7 +7,7 @@ from typing import Any
 from refspan.arrays import Array, device_of
 from refspan.dropout import Dropout
 from refspan.mask import distance_of, mask_at
-from refspan.position import position_scores
+from refspan.position import Reach, position_scores
 from refspan.visibility import Visibility, visibility
 
 
@@ -41,28 +41,6 @@ class Row:
         """[h, N, D] -> [h, n, D], in the dtype of the computation."""
         return self.xp.astype(self.seen.gather(x), self.dtype, copy=False)
 
-    def mask(self, m: slice) -> Array | None:
-        """Mask of the partial memories for queries `m`, shared by heads.   -> [m, partial], None if there are none."""
-        partial = self.seen.partial
-        if partial.start == partial.stop:
-            return None
-        distance = distance_of(self.xp, self.age[partial] + m.start, m.stop - m.start)  # [m, partial]
-        return mask_at(self.xp, self.span[partial], distance, self.ramp)
-
-    def scores(self, query: Array, key: Array, m: slice) -> Array:
-        """Logits of queries `m`, that are divided by sqrt(D) already (LOGIT).   [h, m, D], [h, n, D] -> [h, m, n]."""
-        xp, near = self.xp, self.seen.near
-        scores = query @ xp.matrix_transpose(key)  # [h, m, n]
-        if near.start < near.stop:
-            scores[..., near] += position_scores(xp, query, self.position, self.age[near] + m.start)
-        return scores
-
-    def hide_unseen(self, scores: Array, mask: Array | None) -> None:
-        """Write -inf over the logits of memories whose mask is 0.   [h, m, n], [m, partial]."""
-        if mask is not None:
-            partial = self.seen.partial
-            scores[..., partial] = self.xp.where(mask > 0, scores[..., partial], -self.xp.inf)
-
     def largest_logit(self, query: Array, key: Array) -> float:
         """What no logit exceeds in size: |q . k| <= |q| |k|.   [H, M, D], [H, n, D], query divided by sqrt(D)."""
         xp = self.xp
@@ -72,9 +50,53 @@ class Row:
 
         return longest(query) * (longest(key) + (0.0 if self.position is None else longest(self.position)))
 
-    def dropped(self, dropout: Dropout, b: int, h: slice, m: slice) -> Array:
-        """0 or 1 / (1 - rate) for every weight of a tile.   -> [h, m, n]."""
-        xp, new = self.xp, {"dtype": self.xp.int64, "device": device_of(self.age)}
+    def tile(self, m: slice) -> "Tile":
+        """The row as queries `m` of the block see it."""
+        age = self.age + m.start
+        queries = m.stop - m.start
+        near, partial = self.seen.near, self.seen.partial
+        mask = reach = None
+        if partial.start < partial.stop:
+            distance = distance_of(self.xp, age[partial], queries)  # [m, partial]
+            mask = mask_at(self.xp, self.span[partial], distance, self.ramp)
+        if near.start < near.stop:
+            reach = Reach.of(self.xp, self.position, age[near], queries)
+        return Tile(self, m, mask, reach)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A row as some queries of the block see it; what it holds is shared by heads."""
+
+    row: Row
+    m: slice
+    mask: Array | None
+    """Of the partial memories.   [m, partial]; None if there are none"""
+    reach: Reach | None
+    """Of the position embedding, to the near memories; None if there are none."""
+
+    def scores(self, query: Array, key: Array) -> Array:
+        """Logits of queries that are divided by sqrt(D) already (LOGIT).   [h, m, D], [h, n, D] -> [h, m, n]."""
+        scores = query @ self.row.xp.matrix_transpose(key)  # [h, m, n]
+        if self.reach is not None:
+            scores[..., self.row.seen.near] += position_scores(query, self.reach)
+        return scores
+
+    def hide_unseen(self, scores: Array) -> None:
+        """Write -inf over the logits of memories whose mask is 0.   [h, m, n]."""
+        if self.mask is not None:
+            xp, partial = self.row.xp, self.row.seen.partial
+            scores[..., partial] = xp.where(self.mask > 0, scores[..., partial], -xp.inf)
+
+    def apply_mask(self, exponentials: Array) -> None:
+        """Multiply exp(s) by m, in place (WEIGHT).   [h, m, n]."""
+        if self.mask is not None:
+            exponentials[..., self.row.seen.partial] *= self.row.xp.astype(self.mask, self.row.dtype, copy=False)
+
+    def dropped(self, dropout: Dropout, b: int, h: slice) -> Array:
+        """0 or 1 / (1 - rate) for every weight of some heads.   -> [h, m, n]."""
+        xp, age = self.row.xp, self.row.age
+        new = {"dtype": xp.int64, "device": device_of(age)}
         head = xp.arange(h.start, h.stop, **new)[:, None, None]
-        query = xp.arange(m.start, m.stop, **new)[:, None]
-        return dropout.scale(xp, self.dtype, xp.asarray(b, **new), head, query, self.age)
+        query = xp.arange(self.m.start, self.m.stop, **new)[:, None]
+        return dropout.scale(xp, self.row.dtype, xp.asarray(b, **new), head, query, age)

@@ -13,9 +13,8 @@ from refspan.embedding import embedding
 from refspan.layer import Remembered, attend, finish, normalise_input, remember
 from refspan.layer_norm import layer_norm
 from refspan.linear import linear
-from refspan.memory import Memory, check_ages, empty_memory, expired
+from refspan.memory import Memory, after_block, check_ages, empty_memory
 from refspan.model import check_layers, check_tokens, layer_parameters, widened
-from refspan.visibility import group_of
 
 
 class MemoryLimitError(ValueError):
@@ -68,7 +67,7 @@ class Stream:
         self._memory = [self._empty() for _ in range(config.layers)]
         self._projected = 0
         if memory is not None:
-            self._memory = self._remembered(memory)
+            self._memory = self._within_limit(self._remembered(memory))
 
     @property
     def config(self) -> ModelConfig:
@@ -99,7 +98,7 @@ class Stream:
         for start in range(0, count, size):  # any cut gives the same (AGE); this one bounds the work
             log_probs, memory = self._block(tokens[:, start : min(start + size, count)], memory)
             parts.append(xp.astype(log_probs, self._dtype, copy=False))
-        self._memory = memory
+        self._memory = self._within_limit(memory)
         self._projected += self._batch * count * self._config.layers
         return parts[0] if len(parts) == 1 else xp.concat(parts, axis=1)
 
@@ -124,9 +123,10 @@ class Stream:
         self._memory = [memory.drop(xp, ~memory.held) for memory in forgotten]
 
     def state(self) -> dict[str, Array]:
-        """Everything that the stream remembers: `layers.{i}.age`, `.key`, `.value` and `.span`; see `restore`."""
+        """A copy of all that the stream remembers: `layers.{i}.age`, `.key`, `.value` and `.span`; see `restore`."""
+        xp = self._xp
         return {
-            f"layers.{i}.{name}": array[:, : memory.slots, ...]
+            f"layers.{i}.{name}": xp.asarray(array[:, : memory.slots, ...], copy=True)
             for i, memory in enumerate(self._memory)
             for name, array in {"age": memory.age, **memory.contents}.items()
         }
@@ -163,8 +163,9 @@ class Stream:
             if bool(xp.any(wrong)):
                 got = float(xp.max(xp.where(wrong, span, -xp.inf)))
                 raise ValueError(f"state layers.{i}.span: got {got:g}, expected 0 to {longest:g}")
-            memory.append(Memory(state[f"layers.{i}.age"], contents))
-        self._memory = memory
+            age, *_ = copies = [xp.asarray(x, copy=True) for x in (state[f"layers.{i}.age"], *contents.values())]
+            memory.append(Memory(age, dict(zip(contents, copies[1:], strict=True))))
+        self._memory = self._within_limit(memory)
 
     @property
     def _range(self) -> range:
@@ -180,26 +181,26 @@ class Stream:
             kept = Remembered(**held.contents)
             result, _, _ = attend(xp, config, p, normal, kept, held.age, params["position.weight"])
             h, *_ = finish(xp, config, p, h + result)
-            after.append(self._aged(i, held, tokens.shape[1]))
+            after.append(self._aged(held, tokens.shape[1]))
         if config.norm == "pre":
             h = layer_norm(xp, h, params["final_norm.weight"], params["final_norm.bias"])
         return log_softmax(xp, linear(h, params["output.weight"], params["output.bias"])), after
 
-    def _aged(self, i: int, memory: Memory, queries: int) -> Memory:
-        """After a block of M queries (AGE), without what has expired (DROP)."""
-        xp, config = self._xp, self._config
-        memory = memory.advance(queries)
-        span = memory.contents["span"]
-        # In the order in which attention over the next block will want them, if that one is as long.
+    def _aged(self, memory: Memory, queries: int) -> Memory:
+        """After a block of M queries, with room for another one."""
         positions = int(self._params["position.weight"].shape[0])
-        rank = group_of(xp, span, memory.age, queries=max(1, queries), ramp=config.ramp, positions=positions)
-        memory = memory.drop(xp, expired(xp, span, memory.age, config.ramp), rank, room=queries)
-        if self._max_memories is not None and memory.slots > self._max_memories:
-            raise MemoryLimitError(
-                f"layer {i} would hold {memory.slots} memories, the limit is {self._max_memories} (max_memories); "
-                "raise it, or reset rows that have ended"
-            )
-        return memory
+        span = memory.contents["span"]
+        return after_block(self._xp, memory, span, queries, ramp=self._config.ramp, positions=positions, room=queries)
+
+    def _within_limit(self, memory: Sequence[Memory]) -> list[Memory]:
+        """`memory`, if no layer holds more than the stream may."""
+        for i, one in enumerate(memory):
+            if self._max_memories is not None and one.slots > self._max_memories:
+                raise MemoryLimitError(
+                    f"layer {i} would hold {one.slots} memories, the limit is {self._max_memories} (max_memories); "
+                    "raise it, or reset rows that have ended"
+                )
+        return list(memory)
 
     def _empty(self) -> Memory:
         """A layer's memory with no slots (START)."""
@@ -227,5 +228,5 @@ class Stream:
             p = self._layers[i]
             normal = normalise_input(xp, config, p, xp.astype(hidden, p["span.weight"].dtype))
             self._projected += self._batch * int(hidden.shape[1])
-            made.append(self._aged(i, Memory(age, remember(xp, config, p, normal)._asdict()), 0))
+            made.append(self._aged(Memory(age, remember(xp, config, p, normal)._asdict()), 0))
         return made

@@ -8,7 +8,8 @@ Memories are sorted into four groups, so that each piece of work runs on one con
     '-----------------------------'         visible: has a logit at all
 
 full: every query of the block sees it with mask 1. dead: every query of the block sees it with mask 0. No result
-depends on the order of memories, so this order is as good as any.
+depends on the order of memories, so this order is as good as any. Where the visible memories stand in it side by side,
+as a stream keeps them, nothing needs to be copied: they are read where they are.
 """
 
 from dataclasses import dataclass
@@ -23,28 +24,35 @@ class Visibility:
     """The groups of one batch row's memories, as seen by one block of queries."""
 
     xp: Any
+    place: slice
+    """The slots of the visible memories, if they stand side by side in group order."""
     order: Array | None
-    """[N] slots in group order; None if they already stand in it, so that nothing needs to be copied."""
+    """[N] slots in group order; None if the visible memories are in `place`."""
     visible: int
     """Number of memories that at least one query sees."""
     near: slice
+    """Among the visible memories, as is `partial`."""
     partial: slice
 
     def gather(self, x: Array) -> Array:
         """The visible memories in group order.   [.., N, D] -> [.., n, D]."""
         if self.order is None:
-            return x[..., : self.visible, :]
+            return x[..., self.place, :]
         return self.xp.take(x, self.order[: self.visible], axis=-2)
 
     def scatter(self, x: Array, memories: int) -> Array:
         """The transpose of `gather`: everyone back to its slot, zeros for the dead.   [.., n, D] -> [.., N, D]."""
-        if self.order is None and self.visible == memories:
+        if self.visible == memories and self.order is None:
             return x
         *axes, _, size = x.shape
-        dead = self.xp.zeros((*axes, memories - self.visible, size), dtype=x.dtype, device=device_of(x))
-        in_order = self.xp.concat([x, dead], axis=-2)
+
+        def dead(count: int) -> Array:
+            return self.xp.zeros((*axes, count, size), dtype=x.dtype, device=device_of(x))
+
         if self.order is None:
-            return in_order
+            before, after = dead(self.place.start), dead(memories - self.place.stop)
+            return self.xp.concat([before, x, after], axis=-2)
+        in_order = self.xp.concat([x, dead(memories - self.visible)], axis=-2)
         return self.xp.take(in_order, self.xp.argsort(self.order), axis=-2)
 
 
@@ -75,13 +83,16 @@ def group_of(xp: Any, span: Array, age: Array, *, queries: int, ramp: float, pos
 def visibility(xp: Any, span: Array, age: Array, *, queries: int, ramp: float, positions: int) -> Visibility:
     """Sort the memories of one batch row, `span` [N] and `age` [N], into the groups above."""
     group = group_of(xp, span, age, queries=queries, ramp=ramp, positions=positions)
-    order = xp.argsort(group, stable=True)
     sizes = [int(xp.sum(xp.astype(group == g, xp.int64))) for g in range(3)]
-    unsorted = bool(xp.any(group[1:] < group[:-1]))
+    visible = sum(sizes)
+    start = int(xp.argmax(xp.astype(group < 3, xp.int64))) if visible else 0  # the first visible one
+    side_by_side = group[start : start + visible]
+    in_place = not bool(xp.any(side_by_side == 3)) and not bool(xp.any(side_by_side[1:] < side_by_side[:-1]))
     return Visibility(
         xp=xp,
-        order=order if unsorted else None,
-        visible=sum(sizes),
-        near=slice(sum(sizes[:2]), sum(sizes)),
-        partial=slice(sizes[0], sum(sizes)),
+        place=slice(start, start + visible),
+        order=None if in_place else xp.argsort(group, stable=True),
+        visible=visible,
+        near=slice(sum(sizes[:2]), visible),
+        partial=slice(sizes[0], visible),
     )

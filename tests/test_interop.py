@@ -88,7 +88,7 @@ def training(record):
 def dropping(request, monkeypatch):
     """Expired memories are dropped, or kept to the end: nothing else may change."""
     if request.param == "never dropping":
-        monkeypatch.setattr(refspan.model, "expired", lambda xp, span, age, ramp: xp.zeros_like(age, dtype=xp.bool))
+        monkeypatch.setattr(refspan.memory, "expired", lambda xp, span, age, ramp: xp.zeros_like(age, dtype=xp.bool))
     return request.param == "dropping"
 
 

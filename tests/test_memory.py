@@ -65,8 +65,8 @@ def test_drop_keeps_order_and_contents_of_the_others():
     dropped = memory.drop(np, unwanted)
     assert rows_of(dropped) == [[(0, 6), (2, 4), (3, 3)], [(7, 5), (10, 2)]]
     assert dropped.slots == 3
-    np.testing.assert_array_equal(dropped.held, [[True, True, True], [True, True, False]])
-    again = dropped.drop(np, np.array([[0, 0, 0], [0, 1, 0]], bool))
+    np.testing.assert_array_equal(dropped.held, [[True, True, True], [False, True, True]])
+    again = dropped.drop(np, np.array([[0, 0, 0], [0, 0, 1]], bool))
     assert rows_of(again) == [[(0, 6), (2, 4), (3, 3)], [(7, 5)]]
     assert rows_of(again.drop(np, again.held)) == [[], []]
     assert again.drop(np, again.held).slots == 0
@@ -358,8 +358,7 @@ def test_hidden_states_or_keys_and_values(case):
 def test_dropping_changes_nothing(case, monkeypatch):
     config, params, tokens = case
     trained, streamed = training(config, params, tokens), streaming(config, params, tokens)
-    monkeypatch.setattr(refspan.model, "expired", never)
-    monkeypatch.setattr(refspan.stream, "expired", never)
+    monkeypatch.setattr(refspan.memory, "expired", never)
     trained_of_all, streamed_of_all = training(config, params, tokens), streaming(config, params, tokens)
     assert streamed_of_all[-1][1] == (sum(LENGTHS),) * config.layers
     for (log_probs, slots), (of_all, slots_of_all) in zip(streamed, streamed_of_all, strict=True):

@@ -19,7 +19,7 @@ from refspan.feedforward import FeedForwardParameters, feedforward, feedforward_
 from refspan.layer_norm import EPSILON, layer_norm, layer_norm_backward
 from refspan.linear import grad_bias, linear, linear_backward
 from refspan.memory import NEVER
-from refspan.position import position_scores, position_scores_backward
+from refspan.position import Reach, position_scores, position_scores_backward
 from refspan.shorten import draw_span_limit, shorten, shorten_backward
 from refspan.span import expire_span, expire_span_backward, initial_bias
 from refspan.span_loss import queries_on_ramp, span_loss, span_loss_backward
@@ -168,8 +168,10 @@ def position_pair():
 
     return Pair(
         {"query": query, "position": position},
-        lambda query, position: position_scores(np, query, position, age),
-        lambda grad, query, position: position_scores_backward(np, grad, query, position, age),
+        lambda query, position: position_scores(query, Reach.of(np, position, age, query.shape[1])),
+        lambda grad, query, position: position_scores_backward(
+            grad, query, Reach.of(np, position, age, query.shape[1])
+        ),
         eager,
     )
 
