@@ -17,7 +17,7 @@ from refspan.visibility import visible_memories
 if TYPE_CHECKING:
     import onnx
 
-SCRATCH_BYTES = 192 * 2**20
+SCRATCH_BYTES = 256 * 2**20
 """Default for the memory of arrays with a query axis and a memory axis that one run of a graph may need, in bytes.
 
 One query of one head is the smallest run. Beside it, the visible keys and values of a run are copied when some memories

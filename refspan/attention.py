@@ -223,7 +223,7 @@ def span_attention_backward(grad_output: Array, saved: SavedAttention) -> Attent
         near, partial = row.seen.near, row.seen.partial
         k, v = row.visible(key[b, ...]), row.visible(value[b, ...])  # [H, n, D]
         q = xp.astype(query[b, ...], dtype) * scale  # [H, M, D]
-        grad_k, grad_v = xp.zeros_like(k), xp.zeros_like(v)
+        grad_k, grad_v = row.seen.sums_for(grad_key[b, ...]), row.seen.sums_for(grad_value[b, ...])  # [H, n, D]
         grad_s = xp.zeros((partial.stop - partial.start,), **new)  # of the partial memories' spans
         heads_of_tile, queries_of_tile = tiles(heads, queries, row.seen.visible, numbers)
         for m in queries_of_tile:
@@ -231,15 +231,18 @@ def span_attention_backward(grad_output: Array, saved: SavedAttention) -> Attent
             mask = tile.mask  # [m, partial]
             grad_mask = None if mask is None else xp.zeros(mask.shape, **new)
             for h in heads_of_tile:
-                unmasked = next(exponentials, None)  # Z a, but for the mask   [h, m, n]
-                if unmasked is None:
-                    unmasked = tile.scores(q[h, m, :], k[h, ...])
+                weights = next(exponentials, None)  # exp(s - peak)   [h, m, n]
+                if weights is not None:
+                    weights = xp.asarray(weights, copy=True)
+                else:
+                    weights = tile.scores(q[h, m, :], k[h, ...])
                     if saved.peak is not None:
-                        tile.hide_unseen(unmasked)
-                        unmasked -= saved.peak[b, h, m, :]  # [h, m, 1]
-                    unmasked = exp_in_place(xp, unmasked)
-                weights = xp.asarray(unmasked, copy=True)  # w = Z a   [h, m, n]
-                tile.apply_mask(weights)
+                        tile.hide_unseen(weights)
+                        weights -= saved.peak[b, h, m, :]  # [h, m, 1]
+                    weights = exp_in_place(xp, weights)
+                if mask is not None:
+                    unmasked = xp.asarray(weights[..., partial], copy=True)  # [h, m, partial]
+                    tile.apply_mask(weights)  # w = Z a
 
                 g = xp.astype(grad_output[b, h, m, :], dtype) / saved.total[b, h, m, :]  # g / Z   [h, m, D]
                 kept = None if saved.dropout is None else tile.dropped(saved.dropout, b, h)  # x   [h, m, n]
@@ -251,7 +254,7 @@ def span_attention_backward(grad_output: Array, saved: SavedAttention) -> Attent
                 grad_weights -= c  # (da - c) / Z
 
                 if mask is not None:
-                    grad_mask += xp.sum(unmasked[..., partial] * grad_weights[..., partial], axis=0)  # [m, partial]
+                    grad_mask += xp.sum(unmasked * grad_weights[..., partial], axis=0)  # [m, partial]
                 weights *= grad_weights  # ds = a (da - c)   [h, m, n]
                 grad_q = weights @ k[h, ...]  # [h, m, D]
                 grad_k[h, ...] += xp.matrix_transpose(weights) @ q[h, m, :]  # [h, n, D]
@@ -262,8 +265,9 @@ def span_attention_backward(grad_output: Array, saved: SavedAttention) -> Attent
                 grad_query[b, h, m, :] = grad_q * scale
             if mask is not None:
                 grad_s += grad_span_of(xp, grad_mask, mask, saved.ramp)  # [partial]
-        grad_key[b, ...] = row.seen.scatter(grad_k, memories)
-        grad_value[b, ...] = row.seen.scatter(grad_v, memories)
+        if row.seen.order is not None:
+            grad_key[b, ...] = row.seen.scatter(grad_k, memories)
+            grad_value[b, ...] = row.seen.scatter(grad_v, memories)
         ahead = xp.zeros((partial.start,), **new)  # the full memories, that the block's queries teach nothing
         grad_span[b, :] = row.seen.scatter(xp.concat([ahead, grad_s])[:, None], memories)[:, 0]
 

@@ -40,6 +40,13 @@ class Visibility:
             return x[..., self.place, :]
         return self.xp.take(x, self.order[: self.visible], axis=-2)
 
+    def sums_for(self, total: Array) -> Array:
+        """Zeros to add up gathered gradients in: part of `total`, which is zeros, where it can be.   [.., n, D]."""
+        if self.order is None:
+            return total[..., self.place, :]
+        *axes, _, size = total.shape
+        return self.xp.zeros((*axes, self.visible, size), dtype=total.dtype, device=device_of(total))
+
     def scatter(self, x: Array, memories: int) -> Array:
         """The transpose of `gather`: everyone back to its slot, zeros for the dead.   [.., n, D] -> [.., N, D]."""
         if self.visible == memories and self.order is None:
