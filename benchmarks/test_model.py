@@ -106,15 +106,20 @@ def steady_stream(config, live):
     return refspan.open_model(config, params, batch=1, memory=[(hidden, age)]), (hidden, age), params
 
 
+LEAN = pytest.mark.parametrize("lean", [False, True], ids=["original", "lean"])
+"""The style of the peer, see `EagerTransformer`. The targets are meant for the original's."""
+
+
+@LEAN
 @pytest.mark.parametrize("live", STREAMED_TARGETS)
-def test_streaming_step(side_by_side, live):
+def test_streaming_step(side_by_side, live, lean):
     torch = pytest.importorskip("torch")
     from eager import EagerTransformer, Held
 
     torch.set_num_threads(THREADS)
     config = replace(STREAMED, max_span=4.0 * live)
     stream, memory, params = steady_stream(config, live)
-    peer = EagerTransformer(config, params)
+    peer = EagerTransformer(config, params, lean=lean)
     held = [Held(*(torch.from_numpy(x) for x in memory))]
     our_blocks, their_blocks = Blocks(1), Blocks(1)
 
@@ -184,13 +189,13 @@ class OurTrainer:
 class TheirTrainer:
     """The same in PyTorch."""
 
-    def __init__(self, config, params):
+    def __init__(self, config, params, *, lean=False):
         import torch
         from eager import EagerTransformer
 
         torch.set_num_threads(THREADS)
         self.torch, self.config = torch, config
-        self.model = EagerTransformer(config, params)
+        self.model = EagerTransformer(config, params, lean=lean)
         self.adam = torch.optim.Adam(self.model.parameters(), STILL)
         self.memory = self.model.start(BATCH)
         self.blocks = Blocks(BATCH)
@@ -224,10 +229,11 @@ def blocks_until_steady(config):
     return int(config.max_span + config.ramp) // BLOCK + 2
 
 
-def test_training_step(side_by_side):
+@LEAN
+def test_training_step(side_by_side, lean):
     pytest.importorskip("torch")
     params = parameters(TRAINED, TRAINED_LIVE)
-    ours, theirs = OurTrainer(TRAINED, params), TheirTrainer(TRAINED, params)
+    ours, theirs = OurTrainer(TRAINED, params), TheirTrainer(TRAINED, params, lean=lean)
     ours.warm_up()
     theirs.warm_up()
     (our_losses, our_grads), their_losses = ours.step(), theirs.step()

@@ -53,10 +53,11 @@ def blocks_of(config, tokens):
     return [(tokens[:, i : i + size], tokens[:, i + 1 : i + 1 + size]) for i in range(0, BLOCKS * size, size)]
 
 
+@pytest.mark.parametrize("lean", [False, True])
 @pytest.mark.parametrize("weight", [0.0, 0.3])
-def test_losses_and_gradients(eager, random_model, weight):
+def test_losses_and_gradients(eager, random_model, weight, lean):
     config, params, tokens = random_model
-    peer = eager.EagerTransformer(config, params)
+    peer = eager.EagerTransformer(config, params, lean=lean)
     memory = held = None
     for block, following in blocks_of(config, tokens):
         losses, grads, memory = refspan.loss_and_gradients(
@@ -75,9 +76,10 @@ def test_losses_and_gradients(eager, random_model, weight):
     assert any(layer.age.shape[1] < tokens.shape[1] - 1 for layer in held), "nothing was ever dropped"
 
 
-def test_stream(eager, random_model):
+@pytest.mark.parametrize("lean", [False, True])
+def test_stream(eager, random_model, lean):
     config, params, tokens = random_model
-    peer = eager.EagerTransformer(config, params)
+    peer = eager.EagerTransformer(config, params, lean=lean)
     stream = refspan.open_model(config, params, batch=BATCH)
     held = None
     with torch.inference_mode():
