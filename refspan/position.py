@@ -15,7 +15,8 @@ zeros (dots) come from M - 1 rows of zeros before the table, and from one more q
 """
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
+from operator import add
 from typing import Any
 
 from refspan.arrays import Array, device_of
@@ -90,9 +91,8 @@ def position_scores_backward(grad_scores: Array, query: Array, reach: Reach) -> 
     xp, heads, queries = reach.xp, query.shape[0], reach.queries
     width = reach.table.shape[0]
     zero = xp.zeros_like(grad_scores[..., :1])
-    grad_by_age = sum(  # [H, M, W + 1]
-        xp.where(found, xp.take(grad_scores, memory, axis=-1), zero) for memory, found in reach.memories_of_column
-    )
+    grads = (xp.where(found, xp.take(grad_scores, i, axis=-1), zero) for i, found in reach.memories_of_column)
+    grad_by_age = reduce(add, grads)  # [H, M, W + 1]
     flat = xp.reshape(grad_by_age, (heads, -1))[:, : queries * width]
     grad_by_distance = xp.reshape(flat, (heads, queries, width))  # [H, M, W]
     grad_query = grad_by_distance @ reach.table  # [H, M, D]
