@@ -20,6 +20,7 @@ from refspan.arrays import (
     check_dtype,
     check_ramp,
     check_shape,
+    check_whole,
     device_of,
     exp_in_place,
     namespace_of,
@@ -41,7 +42,7 @@ HARMLESS = 30.0
 class SavedAttention:
     """What `span_attention_backward` needs of the forward pass.
 
-    Of size B*H*M, but for the exponentials that `keep_bytes` has room for.
+    Of size B*H*M, but for the weights that `keep_bytes` has room for.
     """
 
     query: Array
@@ -59,8 +60,9 @@ class SavedAttention:
     """[B, H, M, 1], sum_j m_tj exp(s_tj - peak_t) (1 where no memory is live)."""
     dropout: Dropout | None
     scratch_bytes: int
-    exponentials: Sequence[Array]
-    """exp(s - peak) of the first tiles [h, m, n], in the order of the loops; others are computed again."""
+    kept: Sequence[tuple[Array, Array | None]]
+    """Of the first tiles, in the order of the loops: unnormalised weights m exp(s - peak) [h, m, n], and exp(s - peak)
+    of the partial memories. Those of other tiles are computed again."""
 
 
 class AttentionGradients(NamedTuple):
@@ -103,7 +105,8 @@ def span_attention(
         dropout: of normalised weights, for training. Decided by batch row, head, query and age, so that neither the
             order of memories nor dropping any changes it.
         scratch_bytes: limit of the memory for intermediate results, see `SCRATCH_BYTES`.
-        keep_bytes: exponentials of so many bytes are kept for backward, which computes the others again.
+        keep_bytes: weights of so many bytes are kept for backward, and as much again at most for memories on the ramp;
+            it computes the others again.
 
     Returns:
         The output, [B, H, M, D], dtype of `query`, and what `span_attention_backward` needs.
@@ -115,6 +118,8 @@ def span_attention(
     ramp = check_ramp(ramp)
     check_attention(xp, query, key, value, span, age, position)
     scratch_bytes = check_count("scratch_bytes", scratch_bytes)
+    if check_whole("keep_bytes", keep_bytes) < 0:
+        raise ValueError(f"keep_bytes: got {keep_bytes}, expected at least 0")
     if dropout is not None and not isinstance(dropout, Dropout):
         raise TypeError(f"dropout: got {dropout!r}, expected a refspan.Dropout or None")
     batch, heads, queries, head_size = query.shape
@@ -126,7 +131,7 @@ def span_attention(
     totals = xp.ones((batch, heads, queries, 1), **new)
     itemsize = xp.finfo(dtype).bits // 8
     numbers = scratch_bytes // itemsize // 2  # weights, and the position scores or the masked part
-    keep, exponentials = keep_bytes // itemsize, []
+    keep, kept = keep_bytes // itemsize, []
     if keep:
         numbers = scratch_bytes // itemsize // BACKWARD_ARRAYS  # the same tiles as there
 
@@ -151,18 +156,18 @@ def span_attention(
                 weights = exp_in_place(xp, weights)  # exp(s - peak)
                 keep -= prod(weights.shape)
                 if keep >= 0:
-                    exponentials.append(xp.asarray(weights, copy=True))
+                    kept.append((weights, tile.copy_partial(weights)))
                 tile.apply_mask(weights)
                 total = weights @ ones  # [h, m, 1]
                 total = xp.where(total == 0, xp.ones_like(total), total)  # EMPTY: 0 / 1
                 if dropout is not None:
-                    weights *= tile.dropped(dropout, b, h)
+                    weights = weights * tile.dropped(dropout, b, h)
                 output[b, h, m, :] = (weights @ v[h, ...]) / total  # [h, m, D]
                 totals[b, h, m, :] = total
 
     peak = peaks if shifted else None
     saved = SavedAttention(
-        query, key, value, span, age, ramp, position, output, peak, totals, dropout, scratch_bytes, exponentials
+        query, key, value, span, age, ramp, position, output, peak, totals, dropout, scratch_bytes, kept
     )
     return xp.astype(output, query.dtype), saved
 
@@ -216,7 +221,7 @@ def span_attention_backward(grad_output: Array, saved: SavedAttention) -> Attent
     grad_span = xp.zeros(saved.span.shape, **new)
     grad_position = None if position is None else xp.zeros(position.shape, **new)
     numbers = saved.scratch_bytes * 8 // xp.finfo(dtype).bits // BACKWARD_ARRAYS
-    exponentials = iter(saved.exponentials)
+    kept = iter(saved.kept)
 
     for b in range(batch):
         row = Row.of(xp, saved.span[b, :], saved.age[b, :], queries, saved.ramp, position, dtype)
@@ -231,35 +236,34 @@ def span_attention_backward(grad_output: Array, saved: SavedAttention) -> Attent
             mask = tile.mask  # [m, partial]
             grad_mask = None if mask is None else xp.zeros(mask.shape, **new)
             for h in heads_of_tile:
-                weights = next(exponentials, None)  # exp(s - peak)   [h, m, n]
-                if weights is not None:
-                    weights = xp.asarray(weights, copy=True)
-                else:
+                weights, unmasked = next(kept, (None, None))  # w = Z a   [h, m, n], and w / m   [h, m, partial]
+                if weights is None:
                     weights = tile.scores(q[h, m, :], k[h, ...])
                     if saved.peak is not None:
                         tile.hide_unseen(weights)
                         weights -= saved.peak[b, h, m, :]  # [h, m, 1]
                     weights = exp_in_place(xp, weights)
-                if mask is not None:
-                    unmasked = xp.asarray(weights[..., partial], copy=True)  # [h, m, partial]
-                    tile.apply_mask(weights)  # w = Z a
+                    unmasked = tile.copy_partial(weights)
+                    tile.apply_mask(weights)
 
                 g = xp.astype(grad_output[b, h, m, :], dtype) / saved.total[b, h, m, :]  # g / Z   [h, m, D]
-                kept = None if saved.dropout is None else tile.dropped(saved.dropout, b, h)  # x   [h, m, n]
-                grad_v[h, ...] += xp.matrix_transpose(weights if kept is None else weights * kept) @ g  # [h, n, D]
+                dropped = None if saved.dropout is None else tile.dropped(saved.dropout, b, h)  # x   [h, m, n]
+                seen = weights if dropped is None else weights * dropped
+                grad_v[h, ...] += xp.matrix_transpose(seen) @ g  # [h, n, D]
                 c = xp.sum(g * saved.output[b, h, m, :], axis=-1, keepdims=True)  # c / Z   [h, m, 1]
                 grad_weights = g @ xp.matrix_transpose(v[h, ...])  # [h, m, n]
-                if kept is not None:
-                    grad_weights *= kept
+                if dropped is not None:
+                    grad_weights *= dropped
                 grad_weights -= c  # (da - c) / Z
 
                 if mask is not None:
                     grad_mask += xp.sum(unmasked * grad_weights[..., partial], axis=0)  # [m, partial]
-                weights *= grad_weights  # ds = a (da - c)   [h, m, n]
-                grad_q = weights @ k[h, ...]  # [h, m, D]
-                grad_k[h, ...] += xp.matrix_transpose(weights) @ q[h, m, :]  # [h, n, D]
+                grad_scores = grad_weights  # written over it: weights may be wanted again
+                grad_scores *= weights  # ds = a (da - c)   [h, m, n]
+                grad_q = grad_scores @ k[h, ...]  # [h, m, D]
+                grad_k[h, ...] += xp.matrix_transpose(grad_scores) @ q[h, m, :]  # [h, n, D]
                 if tile.reach is not None:
-                    grad_q_near, grad_p = position_scores_backward(weights[..., near], q[h, m, :], tile.reach)
+                    grad_q_near, grad_p = position_scores_backward(grad_scores[..., near], q[h, m, :], tile.reach)
                     grad_q += grad_q_near
                     grad_position += grad_p
                 grad_query[b, h, m, :] = grad_q * scale

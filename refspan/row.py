@@ -88,6 +88,12 @@ class Tile:
             xp, partial = self.row.xp, self.row.seen.partial
             scores[..., partial] = xp.where(self.mask > 0, scores[..., partial], -xp.inf)
 
+    def copy_partial(self, exponentials: Array) -> Array | None:
+        """Those of the partial memories, to keep while they are masked.   [h, m, n] -> [h, m, partial]."""
+        if self.mask is None:
+            return None
+        return self.row.xp.asarray(exponentials[..., self.row.seen.partial], copy=True)
+
     def apply_mask(self, exponentials: Array) -> None:
         """Multiply exp(s) by m, in place (WEIGHT).   [h, m, n]."""
         if self.mask is not None:

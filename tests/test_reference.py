@@ -156,6 +156,24 @@ def test_tiles_change_nothing(scratch_bytes):
         np.testing.assert_allclose(getattr(others, part), grad, rtol=0, atol=1e-12, err_msg=part)
 
 
+@pytest.mark.parametrize("dropout", [None, refspan.Dropout(0.4, seed=3)], ids=["all", "dropout"])
+@pytest.mark.parametrize("positions", [0, 6], ids=["no position", "position"])
+@pytest.mark.parametrize("keep_bytes", [800, 1500, 2**20], ids=["few tiles", "some tiles", "all tiles"])
+def test_kept_weights_change_nothing_however_often_they_are_used(keep_bytes, positions, dropout):
+    arguments, options = step(sizes=(2, 3, 7, 13, 4), positions=positions)
+    options |= {"dropout": dropout, "scratch_bytes": 3000}
+    output, grads, grad_output = run(arguments, options)
+    other, saved = refspan.span_attention(**arguments, **options, keep_bytes=keep_bytes)
+    np.testing.assert_allclose(other, output, rtol=0, atol=1e-13)
+    for _ in range(2):
+        again = refspan.span_attention_backward(grad_output, saved)
+        for part, grad in grads._asdict().items():
+            if grad is not None:
+                np.testing.assert_allclose(getattr(again, part), grad, rtol=0, atol=1e-12, err_msg=part)
+    kept = sum(weights.nbytes for weights, _ in saved.kept)
+    assert 0 < kept <= keep_bytes
+
+
 @pytest.mark.parametrize("positions", [0, 64])
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("scratch_bytes", [2**20, 2**22])
@@ -357,6 +375,13 @@ def test_cupy():
     np.testing.assert_allclose(cupy.asnumpy(other), output, rtol=0, atol=1e-12)
     for part, grad in grads._asdict().items():
         np.testing.assert_allclose(cupy.asnumpy(getattr(others, part)), grad, rtol=0, atol=1e-12, err_msg=part)
+
+
+@pytest.mark.parametrize("keep_bytes", [-1, 0.5, "all"])
+def test_bytes_to_keep_are_a_whole_number(keep_bytes):
+    arguments, options = step()
+    with pytest.raises((TypeError, ValueError), match=r"keep_bytes: got .*expected"):
+        refspan.span_attention(**arguments, **options, keep_bytes=keep_bytes)
 
 
 def test_dropout_that_is_none():
