@@ -18,7 +18,7 @@ from refspan.model import check_layers, check_tokens, layer_parameters, widened
 
 
 class MemoryLimitError(ValueError):
-    """A step would hold more memories than the stream may; the stream is as it was before."""
+    """More memories would be held than the stream may; it is as it was before."""
 
 
 def open_model(
@@ -41,6 +41,7 @@ def open_model(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or range; the message names it.
+        MemoryLimitError: `memory` holds more than `max_memories`.
     """
     return Stream(config, params, batch=batch, memory=memory, max_memories=max_memories)
 
@@ -135,7 +136,8 @@ class Stream:
         """Go on from what `state` returned, here or in another stream of the same model and batch.
 
         Raises:
-            TypeError, ValueError: the state is not one of this model and batch; the stream goes on as it was.
+            TypeError, ValueError: the state does not fit this model and batch; the stream goes on as it was.
+            MemoryLimitError: it holds more than `max_memories`; likewise.
         """
         xp, memory = self._xp, []
         empty = self._empty()
