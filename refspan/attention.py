@@ -32,7 +32,7 @@ from refspan.row import Row
 from refspan.tiles import SCRATCH_BYTES, tiles
 
 BACKWARD_ARRAYS = 4
-"""Arrays of a tile that backward holds at once: weights, their gradients, and parts of both."""
+"""Arrays of a tile that backward holds at once: weights, their gradients, and parts of both; dropout adds to these."""
 
 HARMLESS = 30.0
 """Logits of at most this size need no shift: exp(30) is 1e13, and exp(-30) times the faintest mask still 1e-21."""

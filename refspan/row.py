@@ -71,7 +71,7 @@ class Tile:
     row: Row
     m: slice
     mask: Array | None
-    """Of the partial memories.   [m, partial]; None if there are none"""
+    """Of the partial memories.   [m, partial]; None if there are none."""
     reach: Reach | None
     """Of the position embedding, to the near memories; None if there are none."""
 
