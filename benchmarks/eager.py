@@ -4,7 +4,7 @@ It computes what refspan specifies, gradients by autograd, in the way that the o
 
 - a layer remembers hidden states, and makes keys, values and spans of all of them again for every block;
 - logits, mask and weights are dense, [B, H, M, N], whether a memory is still seen or not; the mask is repeated for each
-  head before it is multiplied by the causal one, and once more as a bias, 0 or the lowest number, that is added to the logits;
+  head before it is multiplied by the causal one, and once more as a bias on the logits, 0 or the lowest number;
 - weights are a softmax over what the mask lets through, times the mask, divided by their new sum;
 - what the span loss counts is computed whether it is asked for or not;
 - the position term is added to the newest memories only, whose ages are known without looking;
