@@ -22,17 +22,14 @@ from refspan.arrays import (
     check_shape,
     check_whole,
     device_of,
-    exp_in_place,
     namespace_of,
 )
 from refspan.dropout import Dropout
 from refspan.mask import grad_span_of
 from refspan.position import position_scores_backward
 from refspan.row import Row
-from refspan.tiles import SCRATCH_BYTES, tiles
-
-BACKWARD_ARRAYS = 4
-"""Arrays of a tile that backward holds at once: weights, their gradients, and parts of both; dropout adds to these."""
+from refspan.tile import Tile, Weights
+from refspan.tiles import SCRATCH_BYTES
 
 HARMLESS = 30.0
 """Logits of at most this size need no shift: exp(30) is 1e13, and exp(-30) times the faintest mask still 1e-21."""
@@ -60,9 +57,8 @@ class SavedAttention:
     """[B, H, M, 1], sum_j m_tj exp(s_tj - peak_t) (1 where no memory is live)."""
     dropout: Dropout | None
     scratch_bytes: int
-    kept: Sequence[tuple[Array, Array | None]]
-    """Of the first tiles, in the order of the loops: unnormalised weights m exp(s - peak) [h, m, n], and exp(s - peak)
-    of the partial memories. Those of other tiles are computed again."""
+    kept: Sequence[Weights]
+    """Of the first tiles, in the order of the loops. Those of other tiles are computed again."""
 
 
 class AttentionGradients(NamedTuple):
@@ -129,11 +125,8 @@ def span_attention(
     peaks = xp.zeros((batch, heads, queries, 1), **new)
     shifted = False
     totals = xp.ones((batch, heads, queries, 1), **new)
-    itemsize = xp.finfo(dtype).bits // 8
-    numbers = scratch_bytes // itemsize // 2  # weights, and the position scores or the masked part
-    keep, kept = keep_bytes // itemsize, []
-    if keep:
-        numbers = scratch_bytes // itemsize // BACKWARD_ARRAYS  # the same tiles as there
+    room, kept = keep_bytes // (xp.finfo(dtype).bits // 8), []
+    needs = {"dropout": dropout is not None, "backward": room > 0}  # what is kept comes in the tiles of backward
 
     for b in range(batch):
         row = Row.of(xp, span[b, :], age[b, :], queries, ramp, position, dtype)
@@ -141,29 +134,29 @@ def span_attention(
         q = xp.astype(query[b, ...], dtype) * (1 / sqrt(head_size))  # [H, M, D]
         small = row.largest_logit(q, k) <= HARMLESS
         ones = xp.ones((row.seen.visible, 1), **new)  # a product with it is a sum over memories   [n, 1]
-        heads_of_tile, queries_of_tile = tiles(heads, queries, row.seen.visible, numbers)
+        heads_of_tile, queries_of_tile = row.tiles(heads, scratch_bytes, **needs)
         for m in queries_of_tile:
-            tile = row.tile(m)
+            tile = Tile.of(row, m)
             for h in heads_of_tile:
-                weights = tile.scores(q[h, m, :], k[h, ...])  # [h, m, n]
+                scores = tile.scores(q[h, m, :], k[h, ...])  # [h, m, n]
                 if not small:
                     shifted = True
-                    tile.hide_unseen(weights)
-                    peak = xp.max(weights, axis=-1, keepdims=True)  # [h, m, 1]
+                    tile.hide_unseen(scores)
+                    peak = xp.max(scores, axis=-1, keepdims=True)  # [h, m, 1]
                     peak = xp.where(peak == -xp.inf, xp.zeros_like(peak), peak)
                     peaks[b, h, m, :] = peak
-                    weights -= peak
-                weights = exp_in_place(xp, weights)  # exp(s - peak)
-                keep -= prod(weights.shape)
-                if keep >= 0:
-                    kept.append((weights, tile.copy_partial(weights)))
-                tile.apply_mask(weights)
-                total = weights @ ones  # [h, m, 1]
+                    scores -= peak
+                room -= prod(scores.shape)
+                weights = tile.weights(scores, keep=room >= 0)  # w = Z a   [h, m, n]
+                if room >= 0:
+                    kept.append(weights)
+                total = weights.masked @ ones  # Z   [h, m, 1]
                 total = xp.where(total == 0, xp.ones_like(total), total)  # EMPTY: 0 / 1
-                if dropout is not None:
-                    weights = weights * tile.dropped(dropout, b, h)
-                output[b, h, m, :] = (weights @ v[h, ...]) / total  # [h, m, D]
+                used = weights.masked if dropout is None else weights.masked * tile.dropped(dropout, b, h)
+                output[b, h, m, :] = (used @ v[h, ...]) / total  # [h, m, D]
                 totals[b, h, m, :] = total
+                del scores, weights, used  # before the next tile's come
+            del tile
 
     peak = peaks if shifted else None
     saved = SavedAttention(
@@ -220,7 +213,7 @@ def span_attention_backward(grad_output: Array, saved: SavedAttention) -> Attent
     grad_value = xp.zeros(value.shape, **new)
     grad_span = xp.zeros(saved.span.shape, **new)
     grad_position = None if position is None else xp.zeros(position.shape, **new)
-    numbers = saved.scratch_bytes * 8 // xp.finfo(dtype).bits // BACKWARD_ARRAYS
+    needs = {"dropout": saved.dropout is not None, "backward": True}
     kept = iter(saved.kept)
 
     for b in range(batch):
@@ -230,26 +223,25 @@ def span_attention_backward(grad_output: Array, saved: SavedAttention) -> Attent
         q = xp.astype(query[b, ...], dtype) * scale  # [H, M, D]
         grad_k, grad_v = row.seen.sums_for(grad_key[b, ...]), row.seen.sums_for(grad_value[b, ...])  # [H, n, D]
         grad_s = xp.zeros((partial.stop - partial.start,), **new)  # of the partial memories' spans
-        heads_of_tile, queries_of_tile = tiles(heads, queries, row.seen.visible, numbers)
+        heads_of_tile, queries_of_tile = row.tiles(heads, saved.scratch_bytes, **needs)
         for m in queries_of_tile:
-            tile = row.tile(m)
+            tile = Tile.of(row, m)
             mask = tile.mask  # [m, partial]
             grad_mask = None if mask is None else xp.zeros(mask.shape, **new)
             for h in heads_of_tile:
-                weights, unmasked = next(kept, (None, None))  # w = Z a   [h, m, n], and w / m   [h, m, partial]
+                weights = next(kept, None)
                 if weights is None:
-                    weights = tile.scores(q[h, m, :], k[h, ...])
+                    scores = tile.scores(q[h, m, :], k[h, ...])
                     if saved.peak is not None:
-                        tile.hide_unseen(weights)
-                        weights -= saved.peak[b, h, m, :]  # [h, m, 1]
-                    weights = exp_in_place(xp, weights)
-                    unmasked = tile.copy_partial(weights)
-                    tile.apply_mask(weights)
+                        tile.hide_unseen(scores)
+                        scores -= saved.peak[b, h, m, :]  # [h, m, 1]
+                    weights = tile.weights(scores, keep=True)
+                    del scores
 
                 g = xp.astype(grad_output[b, h, m, :], dtype) / saved.total[b, h, m, :]  # g / Z   [h, m, D]
                 dropped = None if saved.dropout is None else tile.dropped(saved.dropout, b, h)  # x   [h, m, n]
-                seen = weights if dropped is None else weights * dropped
-                grad_v[h, ...] += xp.matrix_transpose(seen) @ g  # [h, n, D]
+                used = weights.masked if dropped is None else weights.masked * dropped
+                grad_v[h, ...] += xp.matrix_transpose(used) @ g  # [h, n, D]
                 c = xp.sum(g * saved.output[b, h, m, :], axis=-1, keepdims=True)  # c / Z   [h, m, 1]
                 grad_weights = g @ xp.matrix_transpose(v[h, ...])  # [h, m, n]
                 if dropped is not None:
@@ -257,18 +249,20 @@ def span_attention_backward(grad_output: Array, saved: SavedAttention) -> Attent
                 grad_weights -= c  # (da - c) / Z
 
                 if mask is not None:
-                    grad_mask += xp.sum(unmasked * grad_weights[..., partial], axis=0)  # [m, partial]
+                    grad_mask += xp.sum(weights.unmasked * grad_weights[..., partial], axis=0)  # [m, partial]
                 grad_scores = grad_weights  # written over it: weights may be wanted again
-                grad_scores *= weights  # ds = a (da - c)   [h, m, n]
+                grad_scores *= weights.masked  # ds = a (da - c)   [h, m, n]
                 grad_q = grad_scores @ k[h, ...]  # [h, m, D]
                 grad_k[h, ...] += xp.matrix_transpose(grad_scores) @ q[h, m, :]  # [h, n, D]
-                if tile.reach is not None:
+                if grad_position is not None and tile.reach is not None:
                     grad_q_near, grad_p = position_scores_backward(grad_scores[..., near], q[h, m, :], tile.reach)
                     grad_q += grad_q_near
-                    grad_position += grad_p
+                    grad_position[: grad_p.shape[0], :] += grad_p
                 grad_query[b, h, m, :] = grad_q * scale
+                del weights, dropped, used, grad_weights, grad_scores  # before the next tile's come
             if mask is not None:
                 grad_s += grad_span_of(xp, grad_mask, mask, saved.ramp)  # [partial]
+            del tile, mask, grad_mask
         if row.seen.order is not None:
             grad_key[b, ...] = row.seen.scatter(grad_k, memories)
             grad_value[b, ...] = row.seen.scatter(grad_v, memories)

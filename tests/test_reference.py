@@ -174,26 +174,47 @@ def test_kept_weights_change_nothing_however_often_they_are_used(keep_bytes, pos
     assert 0 < kept <= keep_bytes
 
 
-@pytest.mark.parametrize("positions", [0, 64])
-@pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize("scratch_bytes", [2**20, 2**22])
-def test_scratch_is_bounded(scratch_bytes, backward, positions):
-    """Scores of the whole step take 64 MB; beside the tile there are copies and gradients of keys and values."""
-    sizes = (1, 4, 128, 16384, 8)
-    arguments, options = step(sizes=sizes, positions=positions, dtype=np.float32, ramp=100.0)
-    arguments["span"][:] = np.linspace(0, 20000, 16384, dtype=np.float32)  # dead, fading and full ones
-    one = arguments["key"].nbytes
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"positions": 0},
+        {"positions": 64},
+        {"ramp": 1e6, "positions": 0},
+        {"ramp": 1e6, "positions": 0, "span_dtype": np.float64},
+        {"ramp": 1e6, "positions": 16384},
+        {"span": 1e6, "positions": 16384},
+        {"span": 1e6, "positions": 131072, "gap": 8},
+        {"positions": 131072},
+        {"positions": 0, "dropout": 0.3},
+        {"ramp": 1e6, "positions": 16384, "dropout": 0.3},
+        {"ramp": 1e6, "positions": 64, "in_order": False},
+    ],
+    ids=lambda case: " ".join(f"{name}={value}" for name, value in case.items()),
+)
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("mib", [1, 4])
+def test_scratch_is_bounded(mib, backward, case):
+    """One array of the whole step takes 32 MiB. Beside the tile are vectors, and copies and gradients of arguments."""
+    memories = 16384
+    arguments, options = step(
+        sizes=(1, 4, 128, memories, 1), positions=case["positions"], dtype=np.float32, ramp=case.get("ramp", 100.0)
+    )
+    if case.get("in_order", True):
+        arguments["age"] = np.sort(arguments["age"], axis=1) * case.get("gap", 1)
+    span = case.get("span", np.linspace(0, 20000, memories))  # else dead, fading and full ones
+    arguments["span"] = np.broadcast_to(span, (1, memories)).astype(case.get("span_dtype", np.float32))
+    dropout = refspan.Dropout(case["dropout"], seed=1) if "dropout" in case else None
     tracemalloc.start()
     try:
+        output, saved = refspan.span_attention(**arguments, **options, dropout=dropout, scratch_bytes=mib * 2**20)
         if backward:
-            run(arguments, options, scratch_bytes=scratch_bytes)
-        else:
-            refspan.span_attention(**arguments, **options, scratch_bytes=scratch_bytes)
+            refspan.span_attention_backward(np.ones_like(output), saved)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    beside = (8 if backward else 3) * one
-    assert peak < scratch_bytes + beside
+    one = arguments["key"].nbytes
+    vectors = 8 * 8 * (memories + case["positions"])
+    assert peak < mib * 2**20 + (8 if backward else 3) * one + vectors
 
 
 def test_what_no_query_sees_is_never_touched():
