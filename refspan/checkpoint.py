@@ -1,25 +1,24 @@
 """Models and the states of streams as files: safetensors, the config in their metadata.
 
     model    one tensor per parameter;   metadata refspan_model "1",  config as JSON
-    stream   `Stream.state()`;           metadata refspan_stream "1", config, model: fingerprint of the parameters
+    stream   `Stream.state()`;           metadata refspan_stream "1", config as JSON
 
 The number is the version of the layout. Files of other programs, truncated ones, and ones that contradict their config
 are refused with the name of the first wrong tensor.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from array_api_compat import is_cupy_array
 from safetensors import SafetensorError, safe_open
 
 from refspan.arrays import Array, device_of, namespace_of
 from refspan.config import ModelConfig, check_parameters
 from refspan.errors import SetupError
 from refspan.files import write_whole
+from refspan.fingerprint import to_numpy
 from refspan.stream import Stream
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 LAYOUT = "1"
 """Version of the layout of both kinds of file."""
 
-_DTYPES = ("F16", "F32", "F64", "I64")
+_DTYPES = ("F16", "F32", "F64", "I64", "U8")
 """Those of parameters and states, by the names of the format; NumPy lacks some others."""
 
 
@@ -60,7 +59,8 @@ def load_model(path: str | Path) -> "tuple[ModelConfig, dict[str, np.ndarray[Any
     metadata, arrays = _read(path, "refspan_model", "a model, as refspan import and refspan.save_model write")
     config = _config_of(path, metadata)
     if config.layers > len(arrays):  # or a wrong number would be believed for very long
-        raise SetupError(f"{path}: {len(arrays)} tensors, too few for the {config.layers} layers of its config")
+        first = next(name for i in range(config.layers) if (name := f"layers.{i}.attention.query.weight") not in arrays)
+        raise SetupError(f"{path}: parameter {first}: missing, but its config has {config.layers} layers")
     try:
         check_parameters(config, arrays)
     except (TypeError, ValueError) as error:
@@ -74,12 +74,7 @@ def save_state(path: str | Path, stream: Stream) -> None:
     Raises:
         SetupError: the file cannot be written; what was there is untouched.
     """
-    metadata = {
-        "refspan_stream": LAYOUT,
-        "config": _json(stream.config),
-        "model": fingerprint(stream.config, stream.params),
-    }
-    _write(path, stream.state(), metadata)
+    _write(path, stream.state(), {"refspan_stream": LAYOUT, "config": _json(stream.config)})
 
 
 def load_state(path: str | Path, stream: Stream) -> None:
@@ -90,10 +85,11 @@ def load_state(path: str | Path, stream: Stream) -> None:
             goes on as it was.
     """
     metadata, arrays = _read(path, "refspan_stream", "the state of a stream, as refspan.save_state writes")
-    if _config_of(path, metadata) != stream.config or metadata.get("model") != fingerprint(
-        stream.config, stream.params
-    ):
-        raise SetupError(f"{path}: the state of another model, expected one of the model that this stream runs")
+    config = _config_of(path, metadata)
+    if config != stream.config:
+        ours = stream.config.to_dict()
+        name, got = next((name, got) for name, got in config.to_dict().items() if got != ours[name])
+        raise SetupError(f"{path}: the state of another model, whose {name} is {got}; expected {ours[name]}")
     like = stream.params["embedding.weight"]
     xp = namespace_of(like=like)
     try:
@@ -102,28 +98,10 @@ def load_state(path: str | Path, stream: Stream) -> None:
         raise SetupError(f"{path}: {error}") from None
 
 
-def fingerprint(config: ModelConfig, params: Mapping[str, Array]) -> str:
-    """SHA-256 of a config and the numbers of its parameters, to tell models apart."""
-    settings = {name: float(v) if isinstance(v, int) else v for name, v in config.to_dict().items()}  # 8 is 8.0
-    digest = hashlib.sha256(json.dumps(settings).encode())
-    for name in sorted(params):
-        array = _to_numpy(params[name])
-        digest.update(f"{name} {array.dtype} {array.shape}".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()
-
-
-def _to_numpy(array: Array) -> "np.ndarray[Any, Any]":
-    """In rows, one after the other: safetensors writes the memory of a view as it lies."""
-    import numpy as np
-
-    return np.asarray(array.get() if is_cupy_array(array) else array, order="C")
-
-
 def _write(path: str | Path, arrays: Mapping[str, Array], metadata: dict[str, str]) -> None:
     from safetensors.numpy import save
 
-    write_whole(Path(path), save({name: _to_numpy(array) for name, array in arrays.items()}, metadata=metadata))
+    write_whole(Path(path), save({name: to_numpy(array) for name, array in arrays.items()}, metadata=metadata))
 
 
 def _read(path: str | Path, kind: str, expected: str) -> "tuple[dict[str, str], dict[str, np.ndarray[Any, Any]]]":
@@ -134,7 +112,9 @@ def _read(path: str | Path, kind: str, expected: str) -> "tuple[dict[str, str], 
         with safe_open(path, framework="numpy") as file:
             metadata = dict(file.metadata() or {})
             if kind not in metadata:
-                raise SetupError(f"{path}: not {expected} (its metadata has no {kind})")
+                first = next(iter(file.keys()), None)
+                holds = "holds no tensors" if first is None else f"begins with the tensor {first}"
+                raise SetupError(f"{path}: not {expected} (its metadata has no {kind}; it {holds})")
             if metadata[kind] != LAYOUT:
                 raise SetupError(f"{path}: layout {metadata[kind]}, this refspan reads {LAYOUT}; use a newer refspan")
             arrays = {}
@@ -145,9 +125,28 @@ def _read(path: str | Path, kind: str, expected: str) -> "tuple[dict[str, str], 
                 arrays[name] = file.get_tensor(name)
             return metadata, arrays
     except SafetensorError as error:
-        raise SetupError(f"{path}: no whole safetensors file ({error})") from None
+        cut = _first_cut(path)
+        why = f"it ends within or before {cut}" if cut else str(error)
+        raise SetupError(f"{path}: no whole safetensors file: {why}") from None
     except OSError as error:
         raise SetupError(f"{path}: {error.strerror or error}") from None
+
+
+def _first_cut(path: str | Path) -> str | None:
+    """The first tensor that a file ends too early for; None if it is not that which is wrong with it.
+
+    A safetensors file is the size of its header (8 bytes), the header (JSON), and the tensors at the places it names.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            there = Path(path).stat().st_size - 8 - size
+            header = json.loads(file.read(size)) if there >= 0 else {}
+        ends = {name: entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}
+        missing = [name for name in sorted(ends, key=ends.__getitem__) if ends[name] > there]
+    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError):
+        return None
+    return missing[0] if missing else None
 
 
 def _config_of(path: str | Path, metadata: Mapping[str, str]) -> ModelConfig:

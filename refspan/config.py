@@ -117,6 +117,8 @@ def check_parameters(config: ModelConfig, params: Mapping[str, Array]) -> Any:
     """
     if not isinstance(config, ModelConfig):
         raise TypeError(f"config: got {type(config).__name__}, expected a ModelConfig")
+    if not isinstance(params, Mapping):
+        raise TypeError(f"params: got {type(params).__name__}, expected arrays by name, see parameter_shapes")
     expected = parameter_shapes(config)
     missing = [name for name in expected if name not in params]
     if missing:

@@ -5,11 +5,13 @@ block is. A step either succeeds as a whole or leaves the stream as it was.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 from refspan.arrays import FLOATS, Array, check_count, check_dtype, check_shape, check_whole, device_of, namespace_of
 from refspan.config import ModelConfig, check_parameters
 from refspan.cross_entropy import log_softmax
 from refspan.embedding import embedding
+from refspan.fingerprint import FINGERPRINT_BYTES, fingerprint
 from refspan.layer import Remembered, attend, finish, normalise_input, remember
 from refspan.layer_norm import layer_norm
 from refspan.linear import linear
@@ -37,7 +39,8 @@ def open_model(
         batch: B, number of streams.
         memory: None to start empty (START), or a pair for each layer: hidden states [B, N, d], what the layer was given
             at earlier steps, and their ages [B, N] int64 >= 1 as seen from the first query of the first step.
-        max_memories: most memories that a layer may hold for a row after a step; None for no limit but BOUND.
+        max_memories: most memories that a layer may hold for a row after a block; None for no limit but BOUND. A step
+            of several blocks is refused at the first that passes it.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or range; the message names it.
@@ -98,8 +101,9 @@ class Stream:
         count = tokens.shape[1]
         for start in range(0, count, size):  # any cut gives the same (AGE); this one bounds the work
             log_probs, memory = self._block(tokens[:, start : min(start + size, count)], memory)
+            self._within_limit(memory)
             parts.append(xp.astype(log_probs, self._dtype, copy=False))
-        self._memory = self._within_limit(memory)
+        self._memory = list(memory)
         self._projected += self._batch * count * self._config.layers
         return parts[0] if len(parts) == 1 else xp.concat(parts, axis=1)
 
@@ -124,13 +128,18 @@ class Stream:
         self._memory = [memory.drop(xp, ~memory.held) for memory in forgotten]
 
     def state(self) -> dict[str, Array]:
-        """A copy of all that the stream remembers: `layers.{i}.age`, `.key`, `.value` and `.span`; see `restore`."""
+        """A copy of all that the stream remembers, for `restore`.
+
+        `layers.{i}.age`, `.key`, `.value` and `.span`, and `model`, a fingerprint of the parameters (uint8 [32]), which
+        is computed once: when a state is first saved or restored.
+        """
         xp = self._xp
-        return {
+        layers = {
             f"layers.{i}.{name}": xp.asarray(array[:, : memory.slots, ...], copy=True)
             for i, memory in enumerate(self._memory)
             for name, array in {"age": memory.age, **memory.contents}.items()
         }
+        return {**layers, "model": xp.asarray(self._model, copy=True)}
 
     def restore(self, state: Mapping[str, Array]) -> None:
         """Go on from what `state` returned, here or in another stream of the same model and batch.
@@ -139,26 +148,24 @@ class Stream:
             TypeError, ValueError: the state does not fit this model and batch; the stream goes on as it was.
             MemoryLimitError: it holds more than `max_memories`; likewise.
         """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state: got {type(state).__name__}, expected arrays by name, as `state` returns")
         xp, memory = self._xp, []
         empty = self._empty()
         wanted = {"age": empty.age, **empty.contents}
-        unknown = [name for name in state if name not in {f"layers.{i}.{n}" for i in self._range for n in wanted}]
+        known = {"model", *(f"layers.{i}.{name}" for i in self._range for name in wanted)}
+        unknown = [name for name in state if name not in known]
         if unknown:
             raise ValueError(f"state {unknown[0]}: not known to this model")
         for i in self._range:
             slots: int | str = "N"
             for name, like in wanted.items():
-                full = f"layers.{i}.{name}"
-                if full not in state:
-                    raise ValueError(f"state {full}: missing")
-                namespace_of(parameters=like, **{f"state {full}": state[full]})
-                check_shape(f"state {full}", state[full], (self._batch, slots, *like.shape[2:]))
-                slots = int(state[full].shape[1])
-                if state[full].dtype != like.dtype:
-                    raise TypeError(f"state {full}: got {state[full].dtype}, expected {like.dtype}")
+                self._check_state(state, f"layers.{i}.{name}", like, (self._batch, slots, *like.shape[2:]))
+                slots = int(state[f"layers.{i}.{name}"].shape[1])
             contents = {name: state[f"layers.{i}.{name}"] for name in empty.contents}
-            if not all(bool(xp.all(xp.isfinite(array))) for array in contents.values()):
-                raise ValueError(f"state of layer {i}: holds NaN or infinite numbers")
+            for name, array in contents.items():
+                if not bool(xp.all(xp.isfinite(array))):
+                    raise ValueError(f"state layers.{i}.{name}: holds NaN or infinite numbers")
             check_ages(xp, f"state layers.{i}.age", state[f"layers.{i}.age"], (self._batch, slots))
             span, longest = contents["span"], self._config.max_span
             wrong = (span < 0) | (span > longest)
@@ -167,7 +174,25 @@ class Stream:
                 raise ValueError(f"state layers.{i}.span: got {got:g}, expected 0 to {longest:g}")
             age, *_ = copies = [xp.asarray(x, copy=True) for x in (state[f"layers.{i}.age"], *contents.values())]
             memory.append(Memory(age, dict(zip(contents, copies[1:], strict=True))))
+        self._check_state(state, "model", self._model, (FINGERPRINT_BYTES,))
+        if not bool(xp.all(state["model"] == self._model)):
+            raise ValueError("state model: the fingerprint of other parameters, expected that of this model's")
         self._memory = self._within_limit(memory)
+
+    @cached_property
+    def _model(self) -> Array:
+        """The fingerprint of the model, uint8 [32]."""
+        numbers = list(fingerprint(self._config, self._given))
+        return self._xp.asarray(numbers, dtype=self._xp.uint8, device=device_of(self._given["embedding.weight"]))
+
+    def _check_state(self, state: Mapping[str, Array], name: str, like: Array, shape: tuple[int | str, ...]) -> None:
+        """Raise unless `state` has an array of this name, of this shape and of the dtype and library of `like`."""
+        if name not in state:
+            raise ValueError(f"state {name}: missing")
+        namespace_of(parameters=like, **{f"state {name}": state[name]})
+        check_shape(f"state {name}", state[name], shape)
+        if state[name].dtype != like.dtype:
+            raise TypeError(f"state {name}: got {state[name].dtype}, expected {like.dtype}")
 
     @property
     def _range(self) -> range:

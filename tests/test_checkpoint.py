@@ -10,8 +10,8 @@ import safetensors.numpy
 from safetensors import safe_open
 
 import refspan
-from refspan.checkpoint import fingerprint
 from refspan.errors import SetupError
+from refspan.fingerprint import fingerprint
 
 CONFIG = refspan.ModelConfig(
     vocab_size=7,
@@ -118,8 +118,11 @@ BOTH = {**FLIPPED, "embedding.weight": PARAMS["embedding.weight"][:5]}
         ({**PARAMS, "layers.0.span.bias": np.zeros(1, np.float32)}, "parameter layers.0.span.bias: got shape (1,)"),
         ({**PARAMS, "output.bias": np.zeros(7)}, "parameter output.bias: got float64, expected float32"),
         ({**PARAMS, "output.bias": np.zeros(7, np.int64)}, "parameter output.bias: got int64, expected float32"),
-        ({**PARAMS, "output.bias": np.zeros(7, np.int16)}, "output.bias: got I16, expected one of F16, F32, F64, I64"),
-        ({}, "0 tensors, too few for the 2 layers of its config"),
+        (
+            {**PARAMS, "output.bias": np.zeros(7, np.int16)},
+            "output.bias: got I16, expected one of F16, F32, F64, I64, U8",
+        ),
+        ({}, "parameter layers.0.attention.query.weight: missing, but its config has 2 layers"),
     ],
 )
 def test_a_model_that_contradicts_its_config_is_refused(path, arrays, message):
@@ -141,7 +144,7 @@ def test_dtypes_that_numpy_lacks(path):
             tensor["shape"] = [*tensor["shape"], 2]
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + content[start:])
-    with pytest.raises(SetupError, match=r": [a-z0-9.]+: got BF16, expected one of F16, F32, F64, I64$"):
+    with pytest.raises(SetupError, match=r": [a-z0-9.]+: got BF16, expected one of F16, F32, F64, I64, U8$"):
         refspan.load_model(path)
 
 
@@ -152,7 +155,11 @@ def with_config(**changes):
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        (None, "not a model, as refspan import and refspan.save_model write (its metadata has no refspan_model)"),
+        (
+            None,
+            "not a model, as refspan import and refspan.save_model write "
+            "(its metadata has no refspan_model; it begins with the tensor ",
+        ),
         ({"format": "pt"}, "not a model, as refspan import and refspan.save_model write"),
         ({**METADATA, "refspan_model": "2"}, "layout 2, this refspan reads 1; use a newer refspan"),
         ({"refspan_model": "1"}, "its metadata has no config"),
@@ -164,7 +171,10 @@ def with_config(**changes):
         (with_config(heads="2"), "model config: heads: got '2', expected a whole number"),
         (with_config(layers=3), "parameter layers.2.attention.query.weight: missing (14 of 48 parameters are)"),
         (with_config(layers=1), "parameter layers.1.attention.key.weight: not known to this config (14 such)"),
-        (with_config(layers=10**12), "34 tensors, too few for the 1000000000000 layers of its config"),
+        (
+            with_config(layers=10**12),
+            "parameter layers.2.attention.query.weight: missing, but its config has 1000000000000 layers",
+        ),
         (with_config(norm="post"), "parameter final_norm.bias: not known to this config (2 such)"),
         (with_config(hidden_size=7), "parameter embedding.weight: got shape (7, 6), expected (7, 7)"),
     ],
@@ -180,11 +190,38 @@ def test_metadata_that_does_not_fit_is_refused(path, metadata, message):
 def test_what_is_no_whole_file_is_refused(path, tmp_path):
     refspan.save_model(path, CONFIG, PARAMS)
     content = path.read_bytes()
-    for part in (b"", content[:5], content[:8], content[:1000], content[:-1], content + b"\0", b"PK\3\4 or so" * 9):
-        path.write_bytes(part)
-        with pytest.raises(SetupError, match="no whole safetensors file") as caught:
+    header = int.from_bytes(content[:8], "little")
+    places = {
+        name: entry["data_offsets"] for name, entry in json.loads(content[8 : 8 + header]).items() if name[0] != "_"
+    }
+    third, (start, end) = sorted(places.items(), key=lambda item: item[1])[2]
+    last = max(places, key=places.get)
+    cuts = ((8 + header + start + 1, third), (8 + header + start, third), (8 + header + end - 1, third), (-1, last))
+    for cut, name in cuts:
+        path.write_bytes(content[:cut])
+        with pytest.raises(SetupError) as caught:
+            refspan.load_model(path)
+        assert str(caught.value) == f"{path}: no whole safetensors file: it ends within or before {name}"
+    huge = (2**60).to_bytes(8, "little")
+    others = (
+        b"",
+        content[:5],
+        content[:8],
+        content[:1000],
+        content + b"\0",
+        b"PK\3\4 or so" * 9,
+        huge + b"{}",
+        b"[]" * 40,
+    )
+    for other in others:
+        path.write_bytes(other)
+        with pytest.raises(SetupError, match="no whole safetensors file: ") as caught:
             refspan.load_model(path)
         assert str(caught.value).startswith(f"{path}: ")
+        assert "\n" not in str(caught.value)
+    safetensors.numpy.save_file({}, path)
+    with pytest.raises(SetupError, match=r"its metadata has no refspan_model; it holds no tensors\)"):
+        refspan.load_model(path)
     with pytest.raises(SetupError, match=r"gone: no such file$"):
         refspan.load_model(tmp_path / "gone")
     with pytest.raises(SetupError, match="is not a regular file"):
@@ -263,11 +300,11 @@ def test_state_of_another_batch_size(path):
 
 def test_state_of_another_model(path):
     refspan.save_state(path, stream())
-    message = "the state of another model, expected one of the model that this stream runs"
     nudged = {**PARAMS, "output.bias": np.nextafter(PARAMS["output.bias"], np.float32(9))}
-    refused(path, stream(params=nudged), message)
-    refused(path, stream(params={name: x.astype(np.float64) for name, x in PARAMS.items()}), message)
-    refused(path, stream(config=replace(CONFIG, ramp=4.0)), message)
+    refused(path, stream(params=nudged), "state model: the fingerprint of other parameters, expected that of this mod")
+    wide = {name: x.astype(np.float64) for name, x in PARAMS.items()}
+    refused(path, stream(params=wide), "state layers.0.key: got float32, expected float64")
+    refused(path, stream(config=replace(CONFIG, ramp=4.0)), "the state of another model, whose ramp is 3.5; expected 4")
     refspan.load_state(path, stream(config=replace(CONFIG, max_span=12.0)))  # the same number
 
 
@@ -304,7 +341,7 @@ def test_a_state_with_nan(path):
     refspan.save_state(path, one)
     state = one.state()
     write(path, {**state, "layers.1.value": state["layers.1.value"] * np.float32(np.nan)}, metadata_of(path))
-    refused(path, stream(read=5), "state of layer 1: holds NaN or infinite numbers")
+    refused(path, stream(read=5), "state layers.1.value: holds NaN or infinite numbers")
 
 
 def test_a_state_of_a_newer_layout(path):

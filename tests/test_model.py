@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from itertools import cycle
 from math import sqrt
+from unittest import mock
 
 import array_api_strict
 import numpy as np
@@ -199,8 +200,9 @@ def test_float16_is_computed_in_float32(norm):
         log_probs = stream.step(block)
         assert log_probs.dtype == np.float16
         np.testing.assert_array_equal(log_probs, wide_stream.step(block).astype(np.float16))
-    assert_same(wide_stream.state(), stream.state())
-    stream.restore(wide_stream.state())
+    state, wide_state = stream.state(), wide_stream.state()
+    assert np.any(state.pop("model") != wide_state.pop("model"))
+    assert_same(wide_state, state)
 
 
 def test_numbers_of_numpy_widen_nothing():
@@ -298,7 +300,7 @@ def test_a_state_is_all_that_a_stream_remembers():
     first = refspan.open_model(CONFIG, PARAMS, batch=3)
     first.step(tokens[:, :13])
     state = first.state()
-    assert set(state) == {f"layers.{i}.{name}" for i in (0, 1) for name in ("age", "key", "value", "span")}
+    assert set(state) == {"model", *(f"layers.{i}.{name}" for i in (0, 1) for name in ("age", "key", "value", "span"))}
     assert {x.shape[:2] for name, x in state.items() if name.startswith("layers.1.")} == {(3, first.memory_size()[1])}
     assert any(np.any(state[f"layers.{i}.age"] < 0) for i in (0, 1)), "no row has empty slots"
     first.step(tokens[:, 13:19])
@@ -362,6 +364,15 @@ def test_a_limit_of_memories():
     np.testing.assert_array_equal(stream.step(wrong), twin.step(wrong))
 
 
+def test_a_long_step_ends_at_the_block_that_passes_the_limit(monkeypatch):
+    stream = refspan.open_model(CONFIG, PARAMS, batch=2, max_memories=1)
+    block = mock.Mock(side_effect=stream._block)
+    monkeypatch.setattr(stream, "_block", block)
+    with pytest.raises(refspan.MemoryLimitError, match="would hold"):
+        stream.step(some_tokens((2, 50)))
+    assert block.call_count == 1
+
+
 # what is refused
 
 
@@ -400,6 +411,8 @@ def test_bad_configs():
     refused(ValueError, "no setting 'heads'", refspan.ModelConfig.from_dict, settings)
     tokens = some_tokens((2, 5))
     refused(TypeError, "^config: got dict, expected a ModelConfig", refspan.open_model, settings, PARAMS, batch=2)
+    for wrong in (None, PARAMS.values()):
+        refused(TypeError, "^params: got .*, expected arrays by name", refspan.open_model, CONFIG, wrong, batch=2)
     refused(
         TypeError, "^config: got dict, expected", refspan.loss_and_gradients, settings, PARAMS, tokens, tokens, None
     )
@@ -526,7 +539,12 @@ def state_of(batch=2, **changes):
 @pytest.mark.parametrize(
     ("state", "error", "message"),
     [
+        (None, TypeError, "^state: got NoneType, expected arrays by name"),
         ({}, ValueError, r"^state layers\.0\.age: missing"),
+        ({n: x for n, x in STATE.items() if n != "model"}, ValueError, "^state model: missing"),
+        ({**STATE, "model": STATE["model"][1:]}, ValueError, r"^state model: got shape \(31,\), expected \(32,\)"),
+        ({**STATE, "model": STATE["model"].astype(np.int64)}, TypeError, "^state model: got int64, expected uint8"),
+        (state_of(ramp=4.5), ValueError, "^state model: the fingerprint of other parameters, expected th"),
         ({n: x for n, x in STATE.items() if n != "layers.1.span"}, ValueError, r"^state layers\.1\.span: missing"),
         ({**STATE, "layers.2.age": GOOD}, ValueError, r"^state layers\.2\.age: not known to this model"),
         (state_of(layers=3), ValueError, r"^state layers\.2\.age: not known to this model"),
@@ -539,8 +557,8 @@ def state_of(batch=2, **changes):
         (state_with("age", lambda x: x + 0.0), TypeError, r"^state layers\.1\.age: got float64, expected int64"),
         (state_with("span", put(-0.5)), ValueError, r"^state layers\.1\.span: got -0\.5, expected 0 to 12"),
         (state_with("span", put(12.5)), ValueError, r"^state layers\.1\.span: got 12\.5, expected 0 to 12"),
-        (state_with("span", put(np.nan)), ValueError, "^state of layer 1: holds NaN or infinite numbers"),
-        (state_with("value", put(np.inf)), ValueError, "^state of layer 1: holds NaN or infinite numbers"),
+        (state_with("span", put(np.nan)), ValueError, r"^state layers\.1\.span: holds NaN or infinite numbers"),
+        (state_with("value", put(np.inf)), ValueError, r"^state layers\.1\.value: holds NaN or infinite numbers"),
         (state_with("key", lambda x: x.astype(np.float32)), TypeError, r"^state layers\.1\.key: got float32, expected"),
         (state_with("key", lambda x: x.tolist()), TypeError, r"^state layers\.1\.key: got list, expected an array"),
         (state_with("key", array_api_strict.asarray), TypeError, r"^state layers\.1\.key: got an array of array_api"),
@@ -559,7 +577,7 @@ def test_states_with_the_least_and_the_most(pair_of_streams):
         state_with("span", put(0.0)),
         state_with("span", put(12.0)),
         state_with("age", put(NEVER)),
-        {name: x[:, :0] for name, x in STATE.items()},
+        {name: x[:, :0] if name != "model" else x for name, x in STATE.items()},
     ):
         stream.restore(state)
         assert np.isfinite(stream.step(GOOD)).all()
