@@ -6,6 +6,7 @@ import os
 import sys
 
 import click
+from click.exceptions import NoArgsIsHelpError
 
 from refspan.errors import SetupError
 
@@ -49,8 +50,14 @@ def main() -> None:
     """Run the command line; errors are one line on stderr and a non-zero status, never a traceback."""
     try:
         status = cli.main(prog_name="refspan", standalone_mode=False)
-    except click.ClickException as error:
+    except NoArgsIsHelpError as error:
         error.show()
+        status = error.exit_code
+    except click.ClickException as error:
+        ctx = error.ctx if isinstance(error, click.UsageError) else None
+        said = " ".join(error.format_message().split()).removesuffix(".")
+        helps = f"; '{ctx.command_path} --help' says more" if ctx else ""
+        click.echo(f"{ctx.command_path if ctx else 'refspan'}: {said}{helps}", err=True)
         status = error.exit_code
     except click.Abort:
         click.echo("refspan: interrupted", err=True)

@@ -7,6 +7,12 @@ from pathlib import Path
 from refspan.errors import SetupError
 
 
+def check_readable(path: Path) -> None:
+    """Raise SetupError unless `path` is a file."""
+    if not path.is_file():
+        raise SetupError(f"{path}: {'is not a regular file' if path.exists() else 'no such file'}")
+
+
 def check_writable(path: Path) -> None:
     """Raise SetupError if `write_whole` could not write `path`: before hours of work, not after."""
     target = path.resolve()

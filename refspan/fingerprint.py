@@ -23,7 +23,7 @@ def fingerprint(config: ModelConfig, params: Mapping[str, Array]) -> bytes:
     for name in sorted(params):
         array = to_numpy(params[name])
         digest.update(f"{name} {array.dtype} {array.shape}".encode())
-        digest.update(array)
+        digest.update(array.data)
     return digest.digest()
 
 

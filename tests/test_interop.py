@@ -421,6 +421,7 @@ def test_settings_files(tmp_path, text):
 def test_import_refuses_settings(tmp_path, content, message):
     path = tmp_path / "args.txt"
     path.write_bytes(content)
+    (tmp_path / "model.pt").touch()
     status, said = invoke(tmp_path / "model.pt", tmp_path / "out")
     assert status == 2
     assert said.startswith(f"{path}: ")
@@ -428,13 +429,13 @@ def test_import_refuses_settings(tmp_path, content, message):
 
 
 def test_import_refuses_what_is_not_there(tmp_path, checkpoint):
-    path, out = tmp_path / "model.pt", tmp_path / "out"
-    assert invoke(path, out) == (2, f"{path}: No such file or directory")
-    assert invoke(tmp_path, out, "--settings", tmp_path / "args.txt") == (2, f"{tmp_path}: Is a directory")
-    assert invoke(checkpoint(), tmp_path) == (2, f"{tmp_path}: is a folder, expected a file to write")
+    path, out, model = tmp_path / "model.pt", tmp_path / "out", checkpoint()
+    assert invoke(tmp_path / "gone.pt", out) == (2, f"{tmp_path / 'gone.pt'}: no such file")
+    assert invoke(tmp_path, out) == (2, f"{tmp_path}: is not a regular file")
+    assert invoke(model, tmp_path) == (2, f"{tmp_path}: is a folder, expected a file to write")
     assert invoke(path, out, "--settings", tmp_path) == (2, f"{tmp_path}: Is a directory")
     (tmp_path / "args.txt").unlink()
-    status, said = invoke(path, out)
+    status, said = invoke(model, out)
     assert status == 2
     assert said.startswith(f"{tmp_path / 'args.txt'}: no such file; --settings FILE names the flags")
     assert not out.exists()
@@ -477,6 +478,7 @@ def test_import_refuses_files_of_others(tmp_path, checkpoint, capfd):
 
 def test_import_without_pytorch_says_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "args.txt").write_text(FLAGS)
+    (tmp_path / "model.pt").touch()
     monkeypatch.setitem(sys.modules, "torch", None)
     status, said = invoke(tmp_path / "model.pt", tmp_path / "out")
     assert (status, said) == (2, "PyTorch is not installed, and only it reads its checkpoints; pip install torch")
