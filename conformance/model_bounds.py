@@ -165,11 +165,11 @@ class ModelBounds:
         raw = mask * np.exp(np.where(mask > 0, scores, -np.inf) - np.where(np.isfinite(peak), peak, 0))
         total = np.sum(raw, axis=-1, keepdims=True)
         weights = raw / np.where(total > 0, total, 1)
-        spread = 1 + np.max(np.where(mask > 0, np.abs(scores), 0), axis=-1, keepdims=True)
+        spread = 1 + np.max(np.where(mask > 0, np.abs(scores), 0), axis=-1, keepdims=True, initial=0)
         weights = self._moved(weights, u * (4 * spread + scores.shape[-1]) * weights + self.tiny)
         out = weights @ value  # [1 + S, H, T, D]
         out = self._moved(out, u * (scores.shape[-1] + 8) * (weights @ np.abs(value)))
-        return np.moveaxis(out, 1, 2).reshape(len(out), length, -1)
+        return np.moveaxis(out, 1, 2).reshape(len(out), length, self.config.heads * head_size)
 
     def _span(self, x: Array, weight: Array, bias: Array) -> Array:
         """Clause SPAN.   [1 + S, N, d] -> [1 + S, N]."""

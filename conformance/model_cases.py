@@ -99,6 +99,7 @@ def cases(
     memory: bool | None = None,
     resets: bool = False,
     restores: bool = False,
+    reopens: bool = False,
     sizes: bool = False,
     projected: bool = False,
     least_tokens: int = 1,
@@ -114,50 +115,57 @@ def cases(
         memory: whether streams start with memories given; None means sometimes.
         resets: whether rows are emptied in between.
         restores: whether states are kept, and returned to later.
-        sizes: whether what is held is asked after each step.
+        reopens: whether a stream may give way to a new one, of another model, under its name.
+        sizes: whether what is held is asked after each step, reset and restore.
         projected: whether the number of projections is asked in the end.
         least_tokens: that each stream reads.
         about_model: see `models`.
     """
     program: list[Operation] = []
     notes = []
-    opened = []
     rng = np.random.default_rng(draw(st.integers(0, 2**16)))
-    for i in range(streams):
-        name = "abc"[i]
+
+    def open_one(name: str) -> Open:
         config, params, words = draw(models(dtype, **about_model))
         batch = draw(st.sampled_from(rows))
         with_memory = draw(st.booleans()) if memory is None else memory
         given = _given_memory(rng, config, batch, dtype) if with_memory else None
-        opened.append(Open(name, config, params, batch, given))
         notes.append(f"stream {name}: {words}{', starting with memories' if given else ''}")
-    program += opened
-    read = dict.fromkeys((one.stream for one in opened), 0)
+        one = Open(name, config, params, batch, given)
+        program.append(one)
+        return one
+
+    opened = {name: open_one(name) for name in "abc"[:streams]}
+    read = dict.fromkeys(opened, 0)
     kept: set[str] = set()
-    kinds = ["step", "step", "token", *["reset"] * resets, *["save", "restore"] * restores]
-    turns = draw(st.integers(2, 9 * streams + 3 * (resets + restores)))
+    kinds = ["step", "step", "token", *["reset"] * resets, *["save", "restore"] * restores, *["open"] * reopens]
+    turns = draw(st.integers(2, 9 * streams + 3 * (resets + restores + reopens)))
     while turns > 0 or min(read.values()) < least_tokens:
         turns -= 1
-        one = draw(st.sampled_from(opened)) if turns > 0 else min(opened, key=lambda o: read[o.stream])
-        kind = draw(st.sampled_from(kinds))
-        room = MOST_TOKENS + least_tokens - read[one.stream]
-        if kind == "reset":
-            program.append(Reset(one.stream, draw(st.integers(0, one.batch - 1))))
+        name = draw(st.sampled_from(sorted(opened))) if turns > 0 else min(opened, key=read.__getitem__)
+        one, kind = opened[name], draw(st.sampled_from(kinds))
+        room = MOST_TOKENS + least_tokens - read[name]
+        if kind == "open" and turns > 0:
+            opened[name] = open_one(name)
+            read[name] = 0
+            kept.discard(name)  # the state of another model
+        elif kind == "reset":
+            program.append(Reset(name, draw(st.integers(0, one.batch - 1))))
         elif kind == "save":
-            program.append(Save(one.stream, f"state_{one.stream}"))
-            kept.add(one.stream)
-        elif kind == "restore" and one.stream in kept:
-            program.append(Restore(one.stream, f"state_{one.stream}"))
+            program.append(Save(name, f"state_{name}"))
+            kept.add(name)
+        elif kind == "restore" and name in kept:
+            program.append(Restore(name, f"state_{name}"))
         elif room > 0:
             block = one.config.block_size
             length = 1 if kind == "token" else min(room, draw(st.sampled_from((block, block - 1, 2 * block + 1, 7))))
             tokens = rng.integers(0, one.config.vocab_size, (one.batch, max(1, length)))
-            program.append(Step(one.stream, tokens))
-            read[one.stream] += tokens.shape[1]
-            if sizes:
-                program.append(Size(one.stream))
+            program.append(Step(name, tokens))
+            read[name] += tokens.shape[1]
+        if sizes and isinstance(program[-1], Step | Reset | Restore):
+            program.append(Size(name))
     if projected:
-        program += [Projected(one.stream) for one in opened]
+        program += [Projected(name) for name in opened]
     return ModelCase(tuple(program), tuple(notes))
 
 
@@ -187,27 +195,33 @@ class Answers:
     """What a right model answers a program."""
 
     def __init__(self, program: Program) -> None:
-        self._opened: dict[str, Open] = {}
+        self._opened: dict[int, Open] = {}
+        """By its place in the program, which tells streams of one name apart."""
+        self._of: list[int] = []
+        """For each operation the place at which its stream was opened."""
         self._rows: list[dict[int, _Row]] = []
         """For each operation the rows of its stream after it."""
-        self._bounds: dict[tuple[str, int, bool], list[tuple[tuple[int, ...], ModelBounds]]] = {}
-        now: dict[str, dict[int, _Row]] = {}
+        self._bounds: dict[tuple[int, int, bool], list[tuple[tuple[int, ...], ModelBounds]]] = {}
+        now: dict[str, tuple[int, dict[int, _Row]]] = {}
         kept: dict[str, dict[int, _Row]] = {}
-        for operation in program:
+        for i, operation in enumerate(program):
             name = operation.stream
+            place, rows = now.get(name, (i, {}))
             if isinstance(operation, Open):
-                self._opened[name] = operation
-                now[name] = {b: _Row((), operation.memory is not None) for b in range(operation.batch)}
+                self._opened[i] = operation
+                place, rows = i, {b: _Row((), operation.memory is not None) for b in range(operation.batch)}
             elif isinstance(operation, Step):
                 read = operation.tokens.tolist()
-                now[name] = {b: replace(r, tokens=(*r.tokens, *read[b])) for b, r in now[name].items()}
+                rows = {b: replace(r, tokens=(*r.tokens, *read[b])) for b, r in rows.items()}
             elif isinstance(operation, Reset):
-                now[name] = {**now[name], operation.row: _Row((), given=False)}
+                rows = {**rows, operation.row: _Row((), given=False)}
             elif isinstance(operation, Save):
-                kept[operation.name] = now[name]
+                kept[operation.name] = rows
             elif isinstance(operation, Restore):
-                now[name] = kept[operation.name]
-            self._rows.append(now[name])
+                rows = kept[operation.name]
+            now[name] = place, rows
+            self._of.append(place)
+            self._rows.append(rows)
         self._program = program
 
     def of_step(self, i: int) -> Expected:
@@ -218,7 +232,7 @@ class Answers:
         values, bounds = [], []
         for b in range(len(operation.tokens)):
             row = self._rows[i][b]
-            expected = self._of_row(operation.stream, b, row).expected()
+            expected = self._of_row(self._of[i], b, row).expected()
             end = len(row.tokens)
             values.append(expected.value[end - length : end])
             bounds.append(expected.bound[end - length : end])
@@ -226,24 +240,23 @@ class Answers:
 
     def most_held(self, i: int) -> list[int]:
         """Memories that each layer may hold at operation i for its fullest row, granularity 1 (BOUND)."""
-        name = self._program[i].stream
-        rows = [(self._of_row(name, b, row), len(row.tokens)) for b, row in self._rows[i].items()]
-        return [
-            max(bounds.live(layer, read) for bounds, read in rows) for layer in range(self._opened[name].config.layers)
-        ]
+        place = self._of[i]
+        rows = [(self._of_row(place, b, row), len(row.tokens)) for b, row in self._rows[i].items()]
+        layers = range(self._opened[place].config.layers)
+        return [max(bounds.live(layer, read) for bounds, read in rows) for layer in layers]
 
-    def _of_row(self, name: str, b: int, row: _Row) -> ModelBounds:
+    def _of_row(self, place: int, b: int, row: _Row) -> ModelBounds:
         """Bounds of a history of which this row's is the beginning: the longest that the program has."""
-        key = (name, b, row.given)
+        key = (place, b, row.given)
         if key not in self._bounds:
-            histories = {rows[b].tokens for rows, o in zip(self._rows, self._program, strict=True)
-                         if o.stream == name and rows[b].given == row.given}  # fmt: skip
+            all_rows = [rows[b] for rows, of in zip(self._rows, self._of, strict=True) if of == place]
+            histories = {one.tokens for one in all_rows if one.given == row.given}
             longest = [h for h in histories if not any(o != h and o[: len(h)] == h for o in histories)]
-            self._bounds[key] = [(h, self._run(name, b, _Row(h, row.given))) for h in longest]
+            self._bounds[key] = [(h, self._run(place, b, _Row(h, row.given))) for h in longest]
         return next(bounds for h, bounds in self._bounds[key] if h[: len(row.tokens)] == row.tokens)
 
-    def _run(self, name: str, b: int, row: _Row) -> ModelBounds:
-        opened = self._opened[name]
+    def _run(self, place: int, b: int, row: _Row) -> ModelBounds:
+        opened = self._opened[place]
         tokens = np.array(row.tokens, np.int64)
         if not row.given or opened.memory is None:
             return ModelBounds(opened.config, opened.params, History(tokens))

@@ -376,6 +376,70 @@ class ResetEmptiesOneLayer(Plain):
     """A reset leaves the upper layers' memories."""
 
 
+class _FreesLate(PlainStream):
+    late = None
+
+    def reset(self, row):
+        self.late = self.memory_size()
+        super().reset(row)
+
+    def after_block(self, length):
+        super().after_block(length)
+        self.late = None
+
+    def memory_size(self):
+        return self.late or super().memory_size()
+
+
+@mutant("memory.bound", stream=_FreesLate)
+class ResetFreesWithTheNextBlock(Plain):
+    """A row that was reset is held until the stream goes on."""
+
+
+class _RestoreFreesLate(PlainStream):
+    late = None
+
+    def restore(self, state):
+        self.late = self.memory_size()
+        super().restore(state)
+
+    def after_block(self, length):
+        super().after_block(length)
+        self.late = None
+
+    def memory_size(self):
+        here = super().memory_size()
+        return here if self.late is None else [max(pair) for pair in zip(here, self.late, strict=True)]
+
+
+@mutant("memory.bound", stream=_RestoreFreesLate)
+class RestoreKeepsWhatItReplaces(Plain):
+    """What a restored state takes the place of is held until the stream goes on."""
+
+
+class _Pool(PlainStream):
+    pool: ClassVar = {}
+
+    def __init__(self, rules, config, params, batch, memory):
+        super().__init__(rules, config, params, batch, memory)
+        if memory is None and self.size in self.pool:
+            used = self.pool.pop(self.size)
+            self.rows = [[(hidden[-1:], age[-1:]) for hidden, age in row] for row in used]
+
+    @property
+    def size(self):
+        return self.batch, self.config.hidden_size, self.config.layers
+
+    def __del__(self):
+        if hasattr(self, "rows"):
+            self.pool[self.size] = self.rows
+
+
+@mutant("memory.state_machine", stream=_Pool)
+class BuffersAreHandedOnUncleared(Plain):
+    """The last memory of a stream that ended is found by the next one of that size."""
+
+
 class _LiveState(PlainStream):
     def state(self):
         return self.rows

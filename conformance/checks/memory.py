@@ -87,9 +87,9 @@ def two_streams(probe: Probe, case: ModelCase) -> None:
 
 
 @check("memory.state_machine", clauses=["AGE", "DROP", "START"], needs=NEEDS, cost=2 * COST,
-       cases=some(streams=2, resets=True, restores=True, rows=(2, 3)))  # fmt: skip
+       cases=some(streams=2, resets=True, restores=True, reopens=True, rows=(2, 3)))  # fmt: skip
 def state_machine(probe: Probe, case: ModelCase) -> None:
-    """Blocks, single tokens, resets and restores of two models' streams, in whatever order."""
+    """Blocks, single tokens, resets and restores of two models' streams, which give way to others, in any order."""
     follow(probe, case)
 
 
