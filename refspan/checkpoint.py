@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from refspan.arrays import Array, device_of, namespace_of
 from refspan.config import ModelConfig, check_parameters
 from refspan.errors import SetupError
-from refspan.files import check_readable, write_whole
+from refspan.files import check_file, write_whole
 from refspan.fingerprint import to_numpy
 from refspan.stream import Stream
 
@@ -106,7 +106,7 @@ def _write(path: str | Path, arrays: Mapping[str, Array], metadata: dict[str, st
 
 def _read(path: str | Path, kind: str, expected: str) -> "tuple[dict[str, str], dict[str, np.ndarray[Any, Any]]]":
     """Metadata and arrays of a file of this kind."""
-    check_readable(Path(path))
+    check_file(Path(path))
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = dict(file.metadata() or {})

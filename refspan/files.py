@@ -7,7 +7,7 @@ from pathlib import Path
 from refspan.errors import SetupError
 
 
-def check_readable(path: Path) -> None:
+def check_file(path: Path) -> None:
     """Raise SetupError unless `path` is a file."""
     if not path.is_file():
         raise SetupError(f"{path}: {'is not a regular file' if path.exists() else 'no such file'}")

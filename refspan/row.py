@@ -1,4 +1,4 @@
-"""One batch row of an attention step: the memories that its block can see, and what is computed of them."""
+"""One batch row of an attention step: the memories that its block can see, and the tiles to work on them in."""
 
 from dataclasses import dataclass
 from math import sqrt

@@ -71,7 +71,8 @@ class Stream:
         self._memory = [self._empty() for _ in range(config.layers)]
         self._projected = 0
         if memory is not None:
-            self._memory = self._within_limit(self._remembered(memory))
+            self._memory = self._remembered(memory)
+            self._check_limit(self._memory)
 
     @property
     def config(self) -> ModelConfig:
@@ -101,9 +102,9 @@ class Stream:
         count = tokens.shape[1]
         for start in range(0, count, size):  # any cut gives the same (AGE); this one bounds the work
             log_probs, memory = self._block(tokens[:, start : min(start + size, count)], memory)
-            self._within_limit(memory)
+            self._check_limit(memory)
             parts.append(xp.astype(log_probs, self._dtype, copy=False))
-        self._memory = list(memory)
+        self._memory = memory
         self._projected += self._batch * count * self._config.layers
         return parts[0] if len(parts) == 1 else xp.concat(parts, axis=1)
 
@@ -177,7 +178,8 @@ class Stream:
         self._check_state(state, "model", self._model, (FINGERPRINT_BYTES,))
         if not bool(xp.all(state["model"] == self._model)):
             raise ValueError("state model: the fingerprint of other parameters, expected that of this model's")
-        self._memory = self._within_limit(memory)
+        self._check_limit(memory)
+        self._memory = memory
 
     @cached_property
     def _model(self) -> Array:
@@ -219,15 +221,14 @@ class Stream:
         span = memory.contents["span"]
         return after_block(self._xp, memory, span, queries, ramp=self._config.ramp, positions=positions, room=queries)
 
-    def _within_limit(self, memory: Sequence[Memory]) -> list[Memory]:
-        """`memory`, if no layer holds more than the stream may."""
+    def _check_limit(self, memory: Sequence[Memory]) -> None:
+        """Raise if a layer holds more than the stream may."""
         for i, one in enumerate(memory):
             if self._max_memories is not None and one.slots > self._max_memories:
                 raise MemoryLimitError(
                     f"layer {i} would hold {one.slots} memories, the limit is {self._max_memories} (max_memories); "
                     "raise it, or reset rows that have ended"
                 )
-        return list(memory)
 
     def _empty(self) -> Memory:
         """A layer's memory with no slots (START)."""

@@ -1,4 +1,4 @@
-"""Attention of one tile, some queries of some heads over the visible memories: forward and backward of its arrays."""
+"""One tile of an attention step: some queries over the visible memories, what heads share, and logits to weights."""
 
 from dataclasses import dataclass
 from typing import NamedTuple

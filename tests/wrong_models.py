@@ -379,30 +379,6 @@ class ResetEmptiesOneLayer(Plain):
 class _FreesLate(PlainStream):
     late = None
 
-    def reset(self, row):
-        self.late = self.memory_size()
-        super().reset(row)
-
-    def after_block(self, length):
-        super().after_block(length)
-        self.late = None
-
-    def memory_size(self):
-        return self.late or super().memory_size()
-
-
-@mutant("memory.bound", stream=_FreesLate)
-class ResetFreesWithTheNextBlock(Plain):
-    """A row that was reset is held until the stream goes on."""
-
-
-class _RestoreFreesLate(PlainStream):
-    late = None
-
-    def restore(self, state):
-        self.late = self.memory_size()
-        super().restore(state)
-
     def after_block(self, length):
         super().after_block(length)
         self.late = None
@@ -410,6 +386,23 @@ class _RestoreFreesLate(PlainStream):
     def memory_size(self):
         here = super().memory_size()
         return here if self.late is None else [max(pair) for pair in zip(here, self.late, strict=True)]
+
+
+class _ResetFreesLate(_FreesLate):
+    def reset(self, row):
+        self.late = self.memory_size()
+        super().reset(row)
+
+
+@mutant("memory.bound", stream=_ResetFreesLate)
+class ResetFreesWithTheNextBlock(Plain):
+    """A row that was reset is held until the stream goes on."""
+
+
+class _RestoreFreesLate(_FreesLate):
+    def restore(self, state):
+        self.late = self.memory_size()
+        super().restore(state)
 
 
 @mutant("memory.bound", stream=_RestoreFreesLate)

@@ -28,11 +28,11 @@ def command(checkpoint: Path, out: Path, settings: Path | None) -> None:
     It must be an Expire-Span or a Transformer-XL model. Code that a checkpoint may hold is not run. Needs PyTorch.
     """
     from refspan.checkpoint import save_model
-    from refspan.files import check_readable, check_writable
+    from refspan.files import check_file, check_writable
     from refspan.interop import from_transformer_sequential
 
     check_writable(out)
-    check_readable(checkpoint)
+    check_file(checkpoint)
     given = read_settings(settings or checkpoint.parent / "args.txt")
     saved = load_checkpoint(checkpoint)
     try:
