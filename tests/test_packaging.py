@@ -22,7 +22,7 @@ FOLDERS = {"refspan": "refspan", "export": "refspan/export", "conformance": "ref
 
 COMMANDS = [
     'python -m pip install -e ".[cpu]" && refspan check --backend onnxruntime',
-    'python -m pip install -e ".[test]" && pytest',
+    'python -m pip install -e ".[test]" && pytest -n auto',
 ]
 """What the README promises to work."""
 
