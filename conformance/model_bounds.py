@@ -121,7 +121,7 @@ class ModelBounds:
         self.spans.append(span)
         self.ages.append(age)
         attended = self._attention(
-            self._heads(self._linear(u[:, -length:], p["attention.query.weight"])),
+            self._heads(self._linear(u[:, u.shape[1] - length :], p["attention.query.weight"])),
             self._heads(self._linear(u, p["attention.key.weight"])),
             self._heads(self._linear(u, p["attention.value.weight"])),
             span,

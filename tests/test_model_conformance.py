@@ -1,11 +1,14 @@
 """The levels memory and model: right models pass, each wrong one is rejected by the checks that are there for it."""
 
+import numpy as np
 import pytest
 from wrong_models import MODEL_MUTANTS, Plain
 from wrong_training import TRAINING_MUTANTS
 
+import refspan
 from refspan.conformance import check_backend
 from refspan.conformance.backends.reference import NumpyBackend
+from refspan.conformance.model_bounds import History, ModelBounds
 from refspan.conformance.registry import CHECKS
 from refspan.conformance.runner import select
 
@@ -48,3 +51,19 @@ def test_right_model_is_accepted(backend, dtype, seed_of_run, examples_of_run):
         backend(), levels=(*LEVELS, "training"), dtype=dtype, seed=seed_of_run, examples=examples_of_run
     )
     assert report.conforms, failures(report)
+
+
+@pytest.mark.parametrize("norm", ["post", "pre"])
+@pytest.mark.parametrize("slots", [0, 4])
+def test_what_is_live_before_anything_was_read(norm, slots):
+    """A row may be reset, or restored, before the first step."""
+    config = refspan.ModelConfig(
+        9, 6, 8, layers=2, heads=1, head_size=4, block_size=3, max_span=20, ramp=2.0, norm=norm
+    )
+    params = refspan.initial_parameters(config, 0, dtype="float64")  # spans of 2 steps: live up to age 3
+    nothing = np.zeros(0, np.int64)
+    hidden = [np.random.default_rng(0).standard_normal((slots, 6))] * 2
+    given = History(nothing, hidden, [np.array([1, 3, 5, 9])[:slots]] * 2)
+    for history, live in ((History(nothing), 0), (given, min(slots, 2))):
+        bounds = ModelBounds(config, params, history)
+        assert [bounds.live(layer, 0) for layer in (0, 1)] == [live, live]
