@@ -26,10 +26,11 @@ from refspan.memory import Memory
 from refspan.model import Losses, loss_and_gradients
 from refspan.shorten import draw_span_limit
 from refspan.stream import MemoryLimitError, Stream, open_model
-from refspan.tiles import SCRATCH_BYTES
+from refspan.tiles import KEEP_BYTES, SCRATCH_BYTES
 
 __all__ = [
     "CLAUSES",
+    "KEEP_BYTES",
     "SCRATCH_BYTES",
     "Adam",
     "AttentionGradients",

@@ -29,7 +29,7 @@ from refspan.mask import grad_span_of
 from refspan.position import position_scores_backward
 from refspan.row import Row
 from refspan.tile import Tile, Weights
-from refspan.tiles import SCRATCH_BYTES
+from refspan.tiles import KEEP_BYTES, SCRATCH_BYTES
 
 HARMLESS = 30.0
 """Logits of at most this size need no shift: exp(30) is 1e13, and exp(-30) times the faintest mask still 1e-21."""
@@ -82,7 +82,7 @@ def span_attention(
     position: Array | None = None,
     dropout: Dropout | None = None,
     scratch_bytes: int = SCRATCH_BYTES,
-    keep_bytes: int = 0,
+    keep_bytes: int = KEEP_BYTES,
 ) -> tuple[Array, SavedAttention]:
     """Attention of a block of queries under the soft span mask (PAST, MASK, LOGIT, WEIGHT, EMPTY, OUTPUT).
 
@@ -101,8 +101,8 @@ def span_attention(
         dropout: of normalised weights, for training. Decided by batch row, head, query and age, so that neither the
             order of memories nor dropping any changes it.
         scratch_bytes: limit of the memory for intermediate results, see `SCRATCH_BYTES`.
-        keep_bytes: weights of so many bytes are kept for backward, and as much again at most for memories on the ramp;
-            it computes the others again.
+        keep_bytes: limit of the weights that are kept for backward, which computes the others again, see `KEEP_BYTES`.
+            0 if there will be no backward.
 
     Returns:
         The output, [B, H, M, D], dtype of `query`, and what `span_attention_backward` needs.
@@ -146,7 +146,7 @@ def span_attention(
                     peak = xp.where(peak == -xp.inf, xp.zeros_like(peak), peak)
                     peaks[b, h, m, :] = peak
                     scores -= peak
-                room -= prod(scores.shape)
+                room -= prod(scores.shape) + prod(scores[..., row.seen.partial].shape)
                 weights = tile.weights(scores, keep=room >= 0)  # w = Z a   [h, m, n]
                 if room >= 0:
                     kept.append(weights)

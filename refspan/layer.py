@@ -25,7 +25,7 @@ from refspan.span import expire_span, expire_span_backward
 from refspan.span_loss import span_loss_backward
 
 KEEP_BYTES = 32 * 2**20
-"""Of each layer's attention weights, training keeps so many bytes for backward (see `span_attention`)."""
+"""What training keeps of each layer's attention weights, in bytes: less than one step alone may, layers being many."""
 
 
 class Remembered(NamedTuple):

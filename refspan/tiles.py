@@ -9,6 +9,13 @@ One query of one head is the smallest tile, so the limit holds once `scratch_of_
 row's visible keys and values are copied when some memories are dead, and backward keeps gradients of them.
 """
 
+KEEP_BYTES = 128 * 2**20
+"""Default for the weights that a forward pass leaves for backward, in bytes: those of its first tiles.
+
+They live as long as what forward returned beside its output; whoever wants the output alone need not hold that, or
+passes 0.
+"""
+
 SMALL_TILE = 2**19
 """Numbers in an array of a tile up to which heads are worked on together."""
 
