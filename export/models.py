@@ -98,19 +98,19 @@ def _model(
     span_dtype = span_dtype or compute_dtype
     if span_dtype not in DTYPES[1:]:
         raise SetupError(f"span dtype: got {span_dtype!r}, expected float32 or float64 (WIDTH)")
-    opset = _opset(source, opset)
+    opset = opset_for(source, opset)
     settings: dict[str, str | int] = {"opset": opset, "ir_version": 8 if opset <= 18 else 10}
-    settings |= _type_settings(type=dtype, span_type=span_dtype, compute_type=compute_dtype)
+    settings |= type_settings(type=dtype, span_type=span_dtype, compute_type=compute_dtype)
     limits = np.finfo(compute_dtype)
     settings |= {"compute_lowest": repr(float(limits.min)), "compute_highest": repr(float(limits.max))}
-    model = build_model(source, settings, position=position)
+    model = build_model(source, settings, {"position": position})
     labels = {"dtype": dtype, "span_dtype": span_dtype, "opset": str(opset), "position": str(position).lower()}
-    _label(model, {**extra, **labels}, _CLAUSES[source])
-    _check(model)
+    label(model, {**extra, **labels}, _CLAUSES[source])
+    check_graph(model)
     return model
 
 
-def _type_settings(**dtypes: str) -> dict[str, str | int]:
+def type_settings(**dtypes: str) -> dict[str, str | int]:
     """For each name an element type as ONNX text writes it, and under NAME_code its number."""
     import onnx
 
@@ -121,7 +121,7 @@ def _type_settings(**dtypes: str) -> dict[str, str | int]:
     return settings
 
 
-def _opset(source: str, asked: int | None) -> int:
+def opset_for(source: str, asked: int | None) -> int:
     """The operator set to use; raises SetupError if this graph cannot be written in the one asked for."""
     import onnx.defs
 
@@ -133,17 +133,17 @@ def _opset(source: str, asked: int | None) -> int:
     return asked
 
 
-def _label(model: "onnx.ModelProto", settings: dict[str, str], clauses: tuple[str, ...]) -> None:
+def label(model: "onnx.ModelProto", settings: dict[str, str], clauses: tuple[str, ...]) -> None:
     """Say in the model itself what made it, what it implements and what each input and output is."""
     import onnx.helper
 
     model.producer_name, model.producer_version, model.domain = "refspan", __version__, "refspan"
     onnx.helper.set_model_props(model, {"refspan_version": __version__, "clauses": " ".join(clauses), **settings})
     for value in [*model.graph.input, *model.graph.output]:
-        value.doc_string = _MEANING[value.name]
+        value.doc_string = value.doc_string or _MEANING[value.name]
 
 
-def _check(model: "onnx.ModelProto") -> None:
+def check_graph(model: "onnx.ModelProto") -> None:
     """Raise unless the model is valid and its types and shapes are consistent."""
     import onnx.checker
     import onnx.shape_inference
