@@ -19,9 +19,13 @@ DTYPES = ("float16", "float32", "float64")
 _TYPES = {"float16": "float16", "float32": "float", "float64": "double"}
 """NumPy name -> name in ONNX text."""
 
-_DEFAULT_OPSET = {"mask": 18, "attention_portable": 18, "attention_fused": 24, "gradient": 18}
-_OLDEST_OPSET = {"mask": 18, "attention_portable": 18, "attention_fused": 23, "gradient": 18}
+_OLDEST_OPSET = {
+    **{"mask": 18, "attention_portable": 18, "attention_fused": 23, "gradient": 18},
+    **{"model_portable": 18, "model_fused": 23},
+}
 """18: ReduceMax takes its axes as an input. 23: Attention exists."""
+_DEFAULT_OPSET = {**_OLDEST_OPSET, "attention_fused": 24}
+"""One file of a model is for all devices, and CUDA is late with 24; see `AttentionRunner`."""
 
 _CLAUSES = {
     "mask": ("PAST", "MASK", "WIDTH"),

@@ -69,8 +69,15 @@ def _check_cuda(ort: Any) -> None:
         )
 
 
-def make_session(model: "onnx.ModelProto", *, device: str, threads: int | None, options: dict[str, str]) -> Any:
-    """An InferenceSession of `model` in which every node runs on `device`.
+def make_session(
+    model: "onnx.ModelProto | bytes | str",
+    *,
+    device: str,
+    threads: int | None,
+    options: dict[str, str],
+    tf32: bool = False,
+) -> Any:
+    """An InferenceSession in which every node runs on `device`; of a model, its bytes or the path of its file.
 
     Raises:
         SetupError: the device cannot be used, or not for all of the model.
@@ -88,11 +95,12 @@ def make_session(model: "onnx.ModelProto", *, device: str, threads: int | None, 
         entries["session.force_spinning_stop"] = "1"
     else:
         entries["session.disable_cpu_ep_fallback"] = "1"
-        providers = [(PROVIDERS[device], {"use_tf32": "0"})]
+        providers = [(PROVIDERS[device], {"use_tf32": str(int(tf32))})]
     for name, value in {**entries, **options}.items():
         settings.add_session_config_entry(name, value)
+    source = model if isinstance(model, bytes | str) else model.SerializeToString()
     try:
-        session = ort.InferenceSession(model.SerializeToString(), settings, providers=providers, enable_fallback=0)
+        session = ort.InferenceSession(source, settings, providers=providers, enable_fallback=0)
     except Exception as error:  # noqa: BLE001 - onnxruntime raises a dozen unrelated types
         raise SetupError(f"device {device}: onnxruntime {ort.__version__} refused the graph: {_line(error)}") from None
     return session

@@ -9,7 +9,7 @@ that it calls. What a state consists of is said here, in `state_tensors`, for th
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -138,7 +138,7 @@ def streaming_model(
     check_parameters(config, params)
     converted = {name: _converted(name, array, dtype) for name, array in params.items()}
     layout = Layout(config, len(converted["position.weight"]), form, dtype)
-    opset = opset_for(f"attention_{form}", opset)
+    opset = opset_for(f"model_{form}", opset)
     model = _Builder(layout, converted, opset).model()
     settings = {
         "refspan_model": LAYOUT,
@@ -198,12 +198,13 @@ class _Builder:
 
         hidden = self._node("Gather", [self._parameter("embedding.weight"), "tokens"], ["embedded"])[0]  # [B, M, d]
         live = []
+        layer_axis = self._constant("layer_axis", np.array([0]), "where layers stand in `live`")
         for i in range(config.layers):
             hidden, counts = self._layer(i, hidden, [*shared, "restart", ramp, position])
-            live.append(self._node("Unsqueeze", [counts, self._axis(0)], [f"{counts}_of_layer"])[0])
+            live.append(self._node("Unsqueeze", [counts, layer_axis], [f"{counts}_of_layer"])[0])
         if config.norm == "pre":
             norm = [self._parameter(f"final_norm.{part}") for part in ("weight", "bias")]
-            hidden = self._node("LayerNormalization", [hidden, *norm], ["final"], epsilon=1e-5)[0]
+            hidden = self._node("layer_norm", [hidden, *norm], ["final"], domain="refspan")[0]
         product = self._node("MatMul", [hidden, self._parameter("output.weight")], ["unbiased_logits"])[0]
         logits = self._node("Add", [product, self._parameter("output.bias")], ["logits"])[0]
         self._node("LogSoftmax", [logits], ["log_probs"], axis=-1)
@@ -215,7 +216,8 @@ class _Builder:
         opsets = [onnx.helper.make_opsetid("", self.opset), onnx.helper.make_opsetid("refspan", 1)]
         model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8 if self.opset <= 18 else 10)
         model.doc_string = graph.doc_string
-        model.functions.extend(functions_of(["block_plan", "position_table", "layer"], self._settings(), self._variant()))
+        names = dict.fromkeys(node.op_type for node in self.nodes if node.domain == "refspan")
+        model.functions.extend(functions_of(names, self._settings(), self._variant()))
         name_nodes(graph, *model.functions)
         del model.graph.node[:]
         model.graph.node.extend(graph.node)
@@ -247,6 +249,7 @@ class _Builder:
             "pre_norm": layout.config.norm == "pre",
             "post_norm": layout.config.norm == "post",
             "exact_log": layout.log_numbers == 1,
+            "narrow": layout.dtype != "float64",
         }
 
     def _position(self) -> str:
@@ -298,12 +301,6 @@ class _Builder:
         tensor = onnx.numpy_helper.from_array(np.asarray(array, order="C"), name)
         tensor.doc_string = meaning
         self.initializers.append(tensor)
-        return name
-
-    def _axis(self, axis: Literal[0]) -> str:
-        name = "layer_axis"
-        if all(tensor.name != name for tensor in self.initializers):
-            self._constant(name, np.array([axis]), "where layers stand in `live`")
         return name
 
     def _input(self, name: str, dtype: str, shape: tuple[int | str, ...], meaning: str) -> str:

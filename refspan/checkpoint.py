@@ -74,7 +74,7 @@ def save_state(path: str | Path, stream: Stream) -> None:
     Raises:
         SetupError: the file cannot be written; what was there is untouched.
     """
-    _write(path, stream.state(), {"refspan_stream": LAYOUT, "config": _json(stream.config)})
+    write_state(path, stream.config, stream.state())
 
 
 def load_state(path: str | Path, stream: Stream) -> None:
@@ -84,18 +84,29 @@ def load_state(path: str | Path, stream: Stream) -> None:
         SetupError: the file cannot be read, is no such file, or belongs to another model or batch size. The stream
             goes on as it was.
     """
-    metadata, arrays = _read(path, "refspan_stream", "the state of a stream, as refspan.save_state writes")
-    config = _config_of(path, metadata)
-    if config != stream.config:
-        ours = stream.config.to_dict()
-        name, got = next((name, got) for name, got in config.to_dict().items() if got != ours[name])
-        raise SetupError(f"{path}: the state of another model, whose {name} is {got}; expected {ours[name]}")
+    arrays = read_state(path, stream.config)
     like = stream.params["embedding.weight"]
     xp = namespace_of(like=like)
     try:
         stream.restore({name: xp.asarray(array, device=device_of(like)) for name, array in arrays.items()})
     except (TypeError, ValueError) as error:
         raise SetupError(f"{path}: {error}") from None
+
+
+def write_state(path: str | Path, config: ModelConfig, state: Mapping[str, Array]) -> None:
+    """Write the state of a stream, whatever runs it; see `save_state`."""
+    _write(path, state, {"refspan_stream": LAYOUT, "config": _json(config)})
+
+
+def read_state(path: str | Path, config: ModelConfig) -> "dict[str, np.ndarray[Any, Any]]":
+    """The arrays of a file that `write_state` wrote for a model of this config; see `load_state`."""
+    metadata, arrays = _read(path, "refspan_stream", "the state of a stream, as refspan.save_state writes")
+    theirs = _config_of(path, metadata)
+    if theirs != config:
+        ours = config.to_dict()
+        name, got = next((name, got) for name, got in theirs.to_dict().items() if got != ours[name])
+        raise SetupError(f"{path}: the state of another model, whose {name} is {got}; expected {ours[name]}")
+    return arrays
 
 
 def _write(path: str | Path, arrays: Mapping[str, Array], metadata: dict[str, str]) -> None:

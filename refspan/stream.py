@@ -11,12 +11,13 @@ from refspan.arrays import FLOATS, Array, check_count, check_dtype, check_shape,
 from refspan.config import ModelConfig, check_parameters
 from refspan.cross_entropy import log_softmax
 from refspan.embedding import embedding
-from refspan.fingerprint import FINGERPRINT_BYTES, fingerprint
+from refspan.fingerprint import fingerprint
 from refspan.layer import Remembered, attend, finish, normalise_input, remember
 from refspan.layer_norm import layer_norm
 from refspan.linear import linear
 from refspan.memory import Memory, after_block, check_ages, empty_memory
 from refspan.model import check_layers, check_tokens, layer_parameters, widened
+from refspan.stream_state import check_state
 
 
 class MemoryLimitError(ValueError):
@@ -149,35 +150,7 @@ class Stream:
             TypeError, ValueError: the state does not fit this model and batch; the stream goes on as it was.
             MemoryLimitError: it holds more than `max_memories`; likewise.
         """
-        if not isinstance(state, Mapping):
-            raise TypeError(f"state: got {type(state).__name__}, expected arrays by name, as `state` returns")
-        xp, memory = self._xp, []
-        empty = self._empty()
-        wanted = {"age": empty.age, **empty.contents}
-        known = {"model", *(f"layers.{i}.{name}" for i in self._range for name in wanted)}
-        unknown = [name for name in state if name not in known]
-        if unknown:
-            raise ValueError(f"state {unknown[0]}: not known to this model")
-        for i in self._range:
-            slots: int | str = "N"
-            for name, like in wanted.items():
-                self._check_state(state, f"layers.{i}.{name}", like, (self._batch, slots, *like.shape[2:]))
-                slots = int(state[f"layers.{i}.{name}"].shape[1])
-            contents = {name: state[f"layers.{i}.{name}"] for name in empty.contents}
-            for name, array in contents.items():
-                if not bool(xp.all(xp.isfinite(array))):
-                    raise ValueError(f"state layers.{i}.{name}: holds NaN or infinite numbers")
-            check_ages(xp, f"state layers.{i}.age", state[f"layers.{i}.age"], (self._batch, slots))
-            span, longest = contents["span"], self._config.max_span
-            wrong = (span < 0) | (span > longest)
-            if bool(xp.any(wrong)):
-                got = float(xp.max(xp.where(wrong, span, -xp.inf)))
-                raise ValueError(f"state layers.{i}.span: got {got:g}, expected 0 to {longest:g}")
-            age, *_ = copies = [xp.asarray(x, copy=True) for x in (state[f"layers.{i}.age"], *contents.values())]
-            memory.append(Memory(age, dict(zip(contents, copies[1:], strict=True))))
-        self._check_state(state, "model", self._model, (FINGERPRINT_BYTES,))
-        if not bool(xp.all(state["model"] == self._model)):
-            raise ValueError("state model: the fingerprint of other parameters, expected that of this model's")
+        memory = check_state(self._xp, state, self._config, self._batch, self._empty(), self._model)
         self._check_limit(memory)
         self._memory = memory
 
@@ -186,19 +159,6 @@ class Stream:
         """The fingerprint of the model, uint8 [32]."""
         numbers = list(fingerprint(self._config, self._given))
         return self._xp.asarray(numbers, dtype=self._xp.uint8, device=device_of(self._given["embedding.weight"]))
-
-    def _check_state(self, state: Mapping[str, Array], name: str, like: Array, shape: tuple[int | str, ...]) -> None:
-        """Raise unless `state` has an array of this name, of this shape and of the dtype and library of `like`."""
-        if name not in state:
-            raise ValueError(f"state {name}: missing")
-        namespace_of(parameters=like, **{f"state {name}": state[name]})
-        check_shape(f"state {name}", state[name], shape)
-        if state[name].dtype != like.dtype:
-            raise TypeError(f"state {name}: got {state[name].dtype}, expected {like.dtype}")
-
-    @property
-    def _range(self) -> range:
-        return range(self._config.layers)
 
     def _block(self, tokens: Array, memory: Sequence[Memory]) -> tuple[Array, list[Memory]]:
         """Log-probabilities [B, M, V] of one block, and the memories after it."""
