@@ -45,6 +45,12 @@ def side_by_side(benchmark, request):
 
 
 @pytest.fixture
+def record(request):
+    """Call with milliseconds (NaN for none), a ratio as text, and the target."""
+    return lambda milliseconds, ratio, target: ROWS.append((request.node.name, milliseconds, ratio, target))
+
+
+@pytest.fixture
 def record_memory(request):
     """Call with peak memory in MiB and the target."""
     return lambda peak, target: ROWS.append(

@@ -166,9 +166,13 @@ def _check_external(path: Path, model: "onnx.ModelProto") -> bool:
         location = entries.get("location", "")
         beside = path.parent / location
         if not location or Path(location).name != location or "\\" in location or location == "..":
-            raise SetupError(f"{path}: {tensor.name}: weights at {location!r}, expected a file in the model's own folder")
+            raise SetupError(
+                f"{path}: {tensor.name}: weights at {location!r}, expected a file in the model's own folder"
+            )
         if beside.is_symlink() or not beside.is_file():
-            raise SetupError(f"{path}: {tensor.name}: its weights are missing: no regular file {location} beside the model")
+            raise SetupError(
+                f"{path}: {tensor.name}: its weights are missing: no regular file {location} beside the model"
+            )
         try:
             end = int(entries.get("offset", "0")) + int(entries["length"])
         except (KeyError, ValueError):

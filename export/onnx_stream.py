@@ -39,6 +39,7 @@ class OnnxStream:
         self._layout = model.layout
         self._bindings = [model.session.io_binding() for _ in range(2)]
         self._broken = self._closed = False
+        self._last_full: Array | None = None
         self._start([self._empty()] * self.config.layers)
 
     @property
@@ -71,10 +72,12 @@ class OnnxStream:
         self._check_open()
         lengths = self._checked(tokens, lengths)
         size, count, parts = self.config.block_size, tokens.shape[1], []
+        if count <= size:
+            return self._block(np.ascontiguousarray(tokens), lengths)
         for start in range(0, count, size):
             block = np.ascontiguousarray(tokens[:, start : start + size])
             parts.append(self._block(block, np.clip(lengths - start, 0, block.shape[1])))
-        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+        return np.concatenate(parts, axis=1)
 
     def memory_size(self) -> tuple[int, ...]:
         """Memories that each layer holds, the longest row of the batch: those that a later query may see."""
@@ -82,7 +85,7 @@ class OnnxStream:
 
     def slots(self) -> tuple[int, ...]:
         """Slots that each layer has for memories of more than P steps, see docs/onnx.md."""
-        return tuple(layer["span"].shape()[1] for layer in self._distant[self._turn])
+        return tuple(self._slots)
 
     def state_bytes(self) -> int:
         """Bytes of the device's memory that the state takes, both sets of buffers."""
@@ -95,7 +98,7 @@ class OnnxStream:
         row = check_whole("row", row)
         if not 0 <= row < self._batch:
             raise ValueError(f"row: got {row}, expected 0 to {self._batch - 1}")
-        self._restart[row] = True
+        self._restart = self._restart | (np.arange(self._batch) == row)
         self._counts[:, row] = 0
         self._last_lengths = None
 
@@ -160,12 +163,13 @@ class OnnxStream:
         """Log-probabilities [B, M, V] of at most block_size tokens a row."""
         self._make_room(tokens.shape[1], lengths)
         log_probs = np.empty((*tokens.shape, self.config.vocab_size), self._layout.dtype)
-        counts = np.empty_like(self._counts)
-        binding = self._bindings[self._turn]
+        binding, bound = self._bindings[self._turn], self._bound[self._turn]
         for name, array in (("tokens", tokens), ("lengths", lengths), ("restart", self._restart)):
-            binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-        for name, array in (("log_probs", log_probs), ("live", counts)):
-            binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+            if bound.get(name) is not array:
+                binding.bind_cpu_input(name, array)
+                bound[name] = array  # which must live as long as it is bound, and is never written to
+        shape, pointer = log_probs.shape, log_probs.__array_interface__["data"][0]
+        binding.bind_output("log_probs", "cpu", 0, log_probs.dtype, shape, pointer)
         try:
             self._model.session.run_with_iobinding(binding)
         except Exception as error:  # noqa: BLE001 - onnxruntime raises a dozen unrelated types
@@ -173,18 +177,19 @@ class OnnxStream:
             said = " ".join(str(error).split())
             raise StreamFailedError(f"ONNX Runtime failed in the middle of a step: {said}") from None
         self._turn = 1 - self._turn
-        self._counts, self._last_lengths = counts, lengths
-        self._restart = np.zeros_like(self._restart)
+        self._counts, self._last_lengths = self._bound_counts.copy(), lengths
+        self._restart = self._no_restart
         return log_probs
 
     def _make_room(self, queries: int, lengths: Array) -> None:
         """Give each layer the slots that a block of M queries needs; before anything is changed, or not at all."""
-        wanted, now = [], self.slots()
-        for i, current in enumerate(now):
-            needed = needed_slots(self._counts[i], lengths, self._last_lengths, self._layout.positions)
-            wanted.append(self._limited(i, slots_for(max(needed, queries), current)))
+        needed = needed_slots(self._counts, lengths, self._last_lengths, self._layout.positions)
+        wanted = [
+            self._limited(i, slots_for(max(n, queries), current))
+            for i, (n, current) in enumerate(zip(needed, self._slots, strict=True))
+        ]
         for i, slots in enumerate(wanted):
-            if slots != now[i]:
+            if slots != self._slots[i]:
                 self._repack(i, slots)
 
     def _limited(self, layer: int, slots: int) -> int:
@@ -198,7 +203,7 @@ class OnnxStream:
     def _repack(self, i: int, slots: int) -> None:
         """Move the distant memories of a layer into another number of slots, on the device."""
         old = self._distant[self._turn][i]
-        keep = min(slots, int(old["span"].shape()[1]))
+        keep = min(slots, self._slots[i])
         added = empty_distant(self._layout, self._batch, slots - keep + 1, first=1)
         binding = self._model.repack.io_binding()
         for name in DISTANT:
@@ -207,10 +212,11 @@ class OnnxStream:
             binding.bind_output(f"new_{name}", self._model.device)
         binding.bind_cpu_input("keep", np.array([keep]))
         self._model.repack.run_with_iobinding(binding)
-        self._bind_distant(i, dict(zip(DISTANT, binding.get_outputs(), strict=True)))
+        self._bind_distant(i, slots, dict(zip(DISTANT, binding.get_outputs(), strict=True)))
 
-    def _bind_distant(self, i: int, new: dict[str, Any]) -> None:
+    def _bind_distant(self, i: int, slots: int, new: dict[str, Any]) -> None:
         """Let both bindings use these buffers: the same keys and values, but spans and ages in turn."""
+        self._slots[i] = slots
         other = {name: x if name in ("key", "value") else self._model.like(x) for name, x in new.items()}
         self._distant[self._turn][i], self._distant[1 - self._turn][i] = new, other
         for side, binding in enumerate(self._bindings):
@@ -230,14 +236,22 @@ class OnnxStream:
             made.append(from_memory(layout, one, slots))
         self._counts = np.array([counts for _, _, counts in made])  # [layers, B, 3]
         self._last_lengths: Array | None = None
-        self._restart = np.zeros(self._batch, bool)
+        self._restart = self._no_restart = np.zeros(self._batch, bool)
+        self._bound: list[dict[str, Array]] = [{}, {}]
+        """Host arrays that the bindings read."""
+        self._bound_counts = self._counts.copy()
+        for binding in self._bindings:
+            counts = self._bound_counts
+            binding.bind_output("live", "cpu", 0, counts.dtype, counts.shape, counts.__array_interface__["data"][0])
+        self._slots = [0] * len(made)
         on_device = self._model.on_device
         recent = [{name: on_device(x) for name, x in recent.items()} for recent, _, _ in made]
         self._recent = [recent, [{name: self._model.like(x) for name, x in layer.items()} for layer in recent]]
         layers = layout.config.layers
         self._distant: list[list[dict[str, Any]]] = [[{} for _ in range(layers)] for _ in range(2)]
         for i, (_, distant, _) in enumerate(made):
-            self._bind_distant(i, {name: on_device(x) for name, x in distant.items()})
+            slots = distant["span"].shape[1]
+            self._bind_distant(i, slots, {name: on_device(x) for name, x in distant.items()})
             for side, binding in enumerate(self._bindings):
                 for name in RECENT:
                     binding.bind_ortvalue_input(f"layers.{i}.recent_{name}", self._recent[side][i][name])
@@ -259,11 +273,11 @@ class OnnxStream:
             raise TypeError(f"tokens: got {tokens.dtype}, expected int64")
         if tokens.ndim != 2 or tokens.shape[0] != self._batch or tokens.shape[1] == 0:
             raise ValueError(f"tokens: got shape {tokens.shape}, expected ({self._batch}, M) with M >= 1")
-        low, high = int(tokens.min()), int(tokens.max())
-        if low < 0 or high >= vocabulary:
-            raise ValueError(f"tokens: got token {low if low < 0 else high}, expected 0 to {vocabulary - 1}")
+        if tokens.view(np.uint64).max() >= vocabulary:  # negative ones are very large there
+            wrong = int(tokens.min()) if tokens.min() < 0 else int(tokens.max())
+            raise ValueError(f"tokens: got token {wrong}, expected 0 to {vocabulary - 1}")
         if lengths is None:
-            return np.full(self._batch, tokens.shape[1])
+            return self._full(tokens.shape[1])
         lengths = np.asarray(lengths)
         if lengths.dtype != np.int64 or lengths.shape != (self._batch,):
             raise ValueError(f"lengths: got {lengths.dtype} {lengths.shape}, expected int64 ({self._batch},)")
@@ -272,11 +286,20 @@ class OnnxStream:
             raise ValueError(f"lengths: got {wrong}, expected 0 to {tokens.shape[1]}")
         return lengths
 
+    def _full(self, queries: int) -> Array:
+        """All tokens of a block count. The same array while blocks are as long."""
+        last = self._last_full
+        if last is None or last[0] != queries:
+            self._last_full = last = np.full(self._batch, queries)
+        return last
+
     def _check_open(self) -> None:
         if self._closed:
             raise ValueError("the stream is closed")
         if self._broken:
-            raise StreamFailedError("ONNX Runtime failed in an earlier step; restore a saved state, or open a new stream")
+            raise StreamFailedError(
+                "ONNX Runtime failed in an earlier step; restore a saved state, or open a new stream"
+            )
 
 
 _ITEMSIZE = {1: 4, 7: 8, 9: 1, 10: 2, 11: 8}

@@ -2,10 +2,9 @@
 
 A step takes slots that nothing lives in any more for memories that become distant, and its time grows with the number
 of slots. So there are few more than are needed, and their number changes seldom: it is a multiple of a step size that
-grows with it, and is lowered only when a fifth would become free.
+grows with it, and is lowered only when that is worth the move.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,48 +16,33 @@ from refspan.export.streaming import Array, Layout
 GRANULARITY = 64
 """Slots are a multiple of this, which CUDA's kernels want of a bias, and of more when there are more than 2048."""
 
-SPARE = 0.8
-"""Slots are given back when no more than this part of them is needed."""
-
 
 def slots_for(needed: int, current: int = 0) -> int:
-    """Slots for a layer that has `current` ones and needs `needed`: at most 1/16 more than needed, or 63, if new."""
+    """Slots for a layer that needs `needed` and has `current`: at most 1/16 more than needed, or 63, if new ones.
+
+    Slots are given back when there would be two multiples fewer, so that a need that goes up and down moves nothing.
+    """
     step = GRANULARITY
     while step * 32 <= needed:
         step *= 2
     wanted = -(-needed // step) * step
-    return current if SPARE * current < wanted <= current else wanted
+    return current if wanted <= current < wanted + 2 * step else wanted
 
 
-def needed_slots(counts: Array, lengths: Array, last_lengths: Array | None, positions: int) -> int:
-    """Slots that a block needs of one layer, slot 0 among them.
+def needed_slots(counts: Array, lengths: Array, last_lengths: Array | None, positions: int) -> list[int]:
+    """Slots that a block needs of each layer, slot 0 among them.
 
     Args:
-        counts: [B, 3] the layer's `live` after the last block, see `streaming_model`.
+        counts: [layers, B, 3], `live` after the last block, see `streaming_model`.
         lengths: [B] tokens of the block to come.
         last_lengths: [B] tokens of the last block; None if rows have restarted since then.
         positions: P.
     """
-    distant, recent, later = (counts[:, i] for i in range(3))
-    if last_lengths is None or not np.array_equal(lengths, last_lengths):
+    later = counts[:, :, 2]
+    if last_lengths is not lengths and not np.array_equal(lengths, last_lengths):
         # At most the oldest of the recent memories become distant, and tokens that come and go within the block.
-        later = distant + np.minimum(lengths, recent) + np.maximum(0, lengths - positions)
-    return 1 + int(np.max(later))
-
-
-@dataclass(frozen=True)
-class Distant:
-    """The distant memories of one layer, as ONNX Runtime holds them."""
-
-    key: Any
-    value: Any
-    span: Any
-    age: Any
-
-    @property
-    def slots(self) -> int:
-        """C"""
-        return int(self.span.shape()[1])
+        later = counts[:, :, 0] + np.minimum(lengths, counts[:, :, 1]) + np.maximum(0, lengths - positions)
+    return [1 + int(most) for most in later.max(axis=1)]
 
 
 def empty_distant(layout: Layout, batch: int, slots: int, *, first: int) -> dict[str, Array]:

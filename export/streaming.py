@@ -88,7 +88,9 @@ class Layout:
                 "values of older memories; slot 0 is 0, but for number D, where there is one, which is 1",
                 in_place=True,
             ),
-            "distant_span": StateTensor(self.wide, ("B", "C"), "expire-spans of older memories; -inf: empty; slot 0: inf"),
+            "distant_span": StateTensor(
+                self.wide, ("B", "C"), "expire-spans of older memories; -inf: empty; slot 0: inf"
+            ),
             "distant_age": StateTensor("int64", ("B", "C"), "steps from older memories to the block's first query"),
         }
 
@@ -179,7 +181,9 @@ class _Builder:
 
         config, wide = self.layout.config, self.layout.wide
         self._input("tokens", "int64", ("B", "M"), "the block: token numbers 0..V-1, M >= 1")
-        self._input("lengths", "int64", ("B",), "tokens of each row that count, 0..M; the others are padding behind them")
+        self._input(
+            "lengths", "int64", ("B",), "tokens of each row that count, 0..M; the others are padding behind them"
+        )
         self._input("restart", "bool", ("B",), "rows that forget everything before the block (START)")
         self._output(
             "log_probs", self.layout.dtype, ("B", "M", config.vocab_size), "of the token that follows each (MODEL)"
@@ -267,14 +271,22 @@ class _Builder:
         for name, tensor in self.layout.state_tensors().items():
             shape = tuple(f"C{i}" if size == "C" else size for size in tensor.shape)
             state.append(self._input(f"layers.{i}.{name}", tensor.dtype, shape, tensor.meaning))
-            meaning = "the same after the block; may be the same memory" if tensor.in_place else "the same after the block"
+            meaning = (
+                "the same after the block; may be the same memory" if tensor.in_place else "the same after the block"
+            )
             after.append(self._output(f"layers.{i}.{name}.next", tensor.dtype, shape, meaning))
         span = f"layers.{i}.span"
         divided = np.asarray(self.params[f"{span}.weight"], np.float64) / config.span_temperature
-        weights = [self._parameter(f"layers.{i}.attention.{part}.weight") for part in ("query", "key", "value", "output")]
+        weights = [
+            self._parameter(f"layers.{i}.attention.{part}.weight") for part in ("query", "key", "value", "output")
+        ]
         weights += [
-            self._constant(f"{span}.weight", divided.astype(wide)[:, None], "of the span predictor, / temperature [d, 1]"),
-            self._constant(f"{span}.bias", self.params[f"{span}.bias"].astype(wide).reshape(1), "of the span predictor"),
+            self._constant(
+                f"{span}.weight", divided.astype(wide)[:, None], "of the span predictor, / temperature [d, 1]"
+            ),
+            self._constant(
+                f"{span}.bias", self.params[f"{span}.bias"].astype(wide).reshape(1), "of the span predictor"
+            ),
         ]
         for part in ("norm1", "feedforward.in", "feedforward.out", "norm2"):
             weights += [self._parameter(f"layers.{i}.{part}.{kind}") for kind in ("weight", "bias")]
@@ -282,7 +294,9 @@ class _Builder:
         names = self._node("layer", [x, *shared, *state, *weights], outputs, domain="refspan")
         return names[0], names[-1]
 
-    def _node(self, operator: str, inputs: list[str], outputs: list[str], domain: str = "", **settings: Any) -> list[str]:
+    def _node(
+        self, operator: str, inputs: list[str], outputs: list[str], domain: str = "", **settings: Any
+    ) -> list[str]:
         import onnx.helper
 
         self.nodes.append(onnx.helper.make_node(operator, inputs, outputs, domain=domain, **settings))
