@@ -81,7 +81,7 @@ def test_overhead_of_a_single_token(record, onnx_stream, form):
     """What the step of one token takes beside ONNX Runtime's call, as a part of the whole."""
     stream, _, _ = steady_stream(replace(STREAMED, max_span=4000.0), 1000)
     ours, token, inside = onnx_stream(stream, form), np.zeros((1, 1), np.int64), []
-    session, run = ours._model.session, ours._model.session.run_with_iobinding  # noqa: SLF001
+    session, run = ours._model.session, ours._model.session.run_with_iobinding
 
     def timed(binding):
         start = time.perf_counter()

@@ -87,7 +87,6 @@ def read_model_file(path: Path) -> ModelFile:
             from elsewhere than a file in its own folder.
     """
     import onnx
-    from google.protobuf.message import DecodeError
 
     check_file(path)
     try:
@@ -95,7 +94,7 @@ def read_model_file(path: Path) -> ModelFile:
         model = onnx.ModelProto.FromString(content)
     except OSError as error:
         raise SetupError(f"{path}: {error.strerror or error}") from None
-    except DecodeError:
+    except Exception:  # noqa: BLE001 - protobuf has several implementations, with exceptions of their own
         raise SetupError(f"{path}: not an ONNX file, or only a part of one") from None
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     if "refspan_model" not in metadata:
@@ -103,8 +102,8 @@ def read_model_file(path: Path) -> ModelFile:
         raise SetupError(f"{path}: not a model that refspan export model wrote{made}")
     if metadata["refspan_model"] != LAYOUT:
         raise SetupError(
-            f"{path}: layout {metadata['refspan_model']} of refspan {metadata.get('refspan_version', '?')}, this refspan "
-            f"reads {LAYOUT}; export the checkpoint again"
+            f"{path}: layout {metadata['refspan_model']} of refspan {metadata.get('refspan_version', '?')}, "
+            f"this refspan reads {LAYOUT}; export the checkpoint again"
         )
     layout = _layout(path, metadata)
     _check_ports(path, layout, model.graph)
@@ -138,10 +137,9 @@ def _check_ports(path: Path, layout: Layout, graph: "onnx.GraphProto") -> None:
     for what, values, expected in (("input", graph.input, wanted), ("output", graph.output, out)):
         got = {value.name: _dtype(value) for value in values}
         for name in [*expected, *got]:
-            if got.get(name) != expected.get(name):
-                raise SetupError(
-                    f"{path}: {what} {name}: got {got.get(name, 'none')}, its metadata promise {expected.get(name, 'none')}"
-                )
+            there, promised = got.get(name, "none"), expected.get(name, "none")
+            if there != promised:
+                raise SetupError(f"{path}: {what} {name}: got {there}, its metadata promise {promised}")
 
 
 def _dtype(value: "onnx.ValueInfoProto") -> str:

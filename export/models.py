@@ -20,8 +20,12 @@ _TYPES = {"float16": "float16", "float32": "float", "float64": "double"}
 """NumPy name -> name in ONNX text."""
 
 _OLDEST_OPSET = {
-    **{"mask": 18, "attention_portable": 18, "attention_fused": 23, "gradient": 18},
-    **{"model_portable": 18, "model_fused": 23},
+    "mask": 18,
+    "attention_portable": 18,
+    "attention_fused": 23,
+    "gradient": 18,
+    "model_portable": 18,
+    "model_fused": 23,
 }
 """18: ReduceMax takes its axes as an input. 23: Attention exists."""
 _DEFAULT_OPSET = {**_OLDEST_OPSET, "attention_fused": 24}

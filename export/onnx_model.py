@@ -11,8 +11,8 @@ from refspan.config import ModelConfig
 from refspan.export.model_file import read_model_file
 from refspan.export.onnx_stream import OnnxStream
 from refspan.export.session import check_device, load_onnxruntime, make_session, placement_of
-from refspan.export.slots import Array, repack_model
-from refspan.export.streaming import Layout
+from refspan.export.slots import repack_model
+from refspan.export.streaming import Array, Layout
 
 
 class OnnxModel:
@@ -117,9 +117,13 @@ class OnnxModel:
         """A new OrtValue of the shape and type of `x`."""
         return self.on_device(np.zeros(x.shape(), _NUMPY[x.element_type()]))
 
+    def itemsize(self, x: Any) -> int:
+        """Bytes of a number of an OrtValue."""
+        return int(np.dtype(_NUMPY[x.element_type()]).itemsize)
+
     def _make(self, source: bytes | str) -> Any:
         return make_session(source, device=self.device, threads=self._threads, options=self._options, tf32=self._tf32)
 
 
-_NUMPY = {1: np.float32, 7: np.int64, 9: np.bool_, 10: np.float16, 11: np.float64}
+_NUMPY: dict[int, Any] = {1: np.float32, 7: np.int64, 9: np.bool_, 10: np.float16, 11: np.float64}
 """ONNX element type -> NumPy's."""

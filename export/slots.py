@@ -39,7 +39,7 @@ def needed_slots(counts: Array, lengths: Array, last_lengths: Array | None, posi
         positions: P.
     """
     later = counts[:, :, 2]
-    if last_lengths is not lengths and not np.array_equal(lengths, last_lengths):
+    if last_lengths is None or (last_lengths is not lengths and not np.array_equal(lengths, last_lengths)):
         # At most the oldest of the recent memories become distant, and tokens that come and go within the block.
         later = counts[:, :, 0] + np.minimum(lengths, counts[:, :, 1]) + np.maximum(0, lengths - positions)
     return [1 + int(most) for most in later.max(axis=1)]

@@ -68,7 +68,7 @@ class Layout:
         return 2 if self.dtype == "float16" else 1
 
     def state_tensors(self) -> dict[str, "StateTensor"]:
-        """Name -> what one layer's tensor of this name is; each comes as `layers.{i}.NAME` and goes as `..NAME.next`."""
+        """Name -> what it is in each layer; it comes in as `layers.{i}.NAME` and goes out as `layers.{i}.NAME.next`."""
         heads, size = self.config.heads, self.config.head_size
         recent = ("B", self.positions, heads, size)
         about = "of the last P steps, oldest first; age P - j at place j"
@@ -192,8 +192,8 @@ class _Builder:
             "live",
             "int64",
             (config.layers, "B", 3),
-            "memories of each layer and row that the next query may see: distant, recent; and distant ones once another "
-            "block of M tokens is read, which with slot 0 is how many slots that block needs",
+            "memories of each layer and row that the next query may see: distant, recent; and distant ones after "
+            "another block of M tokens, which with slot 0 is how many slots that block needs",
         )
         ramp = self._constant("ramp", np.asarray(config.ramp, wide), "R, steps over which a memory fades")
         shared = ["recent_age", "distance", "faded", "kept", "leaves", "steps"]
