@@ -86,14 +86,20 @@ def read_model_file(path: Path) -> ModelFile:
         SetupError: it cannot be read, is no such file, is of another layout or contradicts itself, or asks for weights
             from elsewhere than a file in its own folder.
     """
-    import onnx
-
     check_file(path)
     try:
         content = path.read_bytes()
-        model = onnx.ModelProto.FromString(content)
     except OSError as error:
         raise SetupError(f"{path}: {error.strerror or error}") from None
+    return model_file_of(path, content)
+
+
+def model_file_of(path: str | Path, content: bytes) -> ModelFile:
+    """As `read_model_file`, of what has been read of `path` already."""
+    import onnx
+
+    try:
+        model = onnx.ModelProto.FromString(content)
     except Exception:  # noqa: BLE001 - protobuf has several implementations, with exceptions of their own
         raise SetupError(f"{path}: not an ONNX file, or only a part of one") from None
     metadata = {entry.key: entry.value for entry in model.metadata_props}
@@ -111,7 +117,7 @@ def read_model_file(path: Path) -> ModelFile:
     return ModelFile(str(path) if external else content, layout, metadata)
 
 
-def _layout(path: Path, metadata: dict[str, str]) -> Layout:
+def _layout(path: str | Path, metadata: dict[str, str]) -> Layout:
     try:
         config = ModelConfig.from_dict(json.loads(metadata["config"]))
         positions, opset = int(metadata["positions"]), int(metadata["opset"])
@@ -126,7 +132,7 @@ def _layout(path: Path, metadata: dict[str, str]) -> Layout:
     return Layout(config, positions, form, dtype)
 
 
-def _check_ports(path: Path, layout: Layout, graph: "onnx.GraphProto") -> None:
+def _check_ports(path: str | Path, layout: Layout, graph: "onnx.GraphProto") -> None:
     """Raise unless inputs and outputs are those that the metadata promise."""
     layers = range(layout.config.layers)
     state = layout.state_tensors()
@@ -151,7 +157,7 @@ def _dtype(value: "onnx.ValueInfoProto") -> str:
         return "no tensor"
 
 
-def _check_external(path: Path, model: "onnx.ModelProto") -> bool:
+def _check_external(path: str | Path, model: "onnx.ModelProto") -> bool:
     """Whether there are weights beside the model; raise unless all are whole and in its own folder."""
     import onnx
 
@@ -162,7 +168,7 @@ def _check_external(path: Path, model: "onnx.ModelProto") -> bool:
         found = True
         entries = {entry.key: entry.value for entry in tensor.external_data}
         location = entries.get("location", "")
-        beside = path.parent / location
+        beside = Path(path).parent / location
         if not location or Path(location).name != location or "\\" in location or location == "..":
             raise SetupError(
                 f"{path}: {tensor.name}: weights at {location!r}, expected a file in the model's own folder"

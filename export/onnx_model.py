@@ -2,17 +2,20 @@
 
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from refspan.arrays import check_count
 from refspan.config import ModelConfig
-from refspan.export.model_file import read_model_file
+from refspan.export.model_file import ModelFile, model_file_of, read_model_file
 from refspan.export.onnx_stream import OnnxStream
 from refspan.export.session import check_device, load_onnxruntime, make_session, placement_of
 from refspan.export.slots import repack_model
 from refspan.export.streaming import Array, Layout
+
+if TYPE_CHECKING:
+    import onnx
 
 
 class OnnxModel:
@@ -42,7 +45,27 @@ class OnnxModel:
         tf32: bool = False,
         session_options: dict[str, str] | None = None,
     ) -> None:
-        self._file = read_model_file(Path(path))
+        self._open(read_model_file(Path(path)), device, threads, tf32, session_options)
+
+    @classmethod
+    def of(
+        cls,
+        model: "onnx.ModelProto",
+        *,
+        device: str = "cpu",
+        threads: int | None = None,
+        tf32: bool = False,
+        session_options: dict[str, str] | None = None,
+    ) -> "OnnxModel":
+        """A model that `streaming_model` made, without a file; at most 2 GB."""
+        made = cls.__new__(cls)
+        made._open(model_file_of("model", model.SerializeToString()), device, threads, tf32, session_options)
+        return made
+
+    def _open(
+        self, file: ModelFile, device: str, threads: int | None, tf32: bool, session_options: dict[str, str] | None
+    ) -> None:
+        self._file = file
         check_device(device)
         self.device = device
         self._threads, self._tf32, self._options = threads, tf32, dict(session_options or {})

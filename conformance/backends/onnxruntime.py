@@ -1,23 +1,62 @@
 """Our ONNX graphs on ONNX Runtime as a backend."""
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
-from refspan.export import DTYPES, AttentionRunner
+import refspan
+from refspan.export import DTYPES, AttentionRunner, OnnxModel, OnnxStream, streaming_model
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+MODELS = 4
+"""Models that are kept ready: checks open some again."""
 
 
 class OnnxRuntimeBackend:
-    """The graphs of `refspan.export`, run by `AttentionRunner`."""
+    """The graphs of `refspan.export`: one step run by `AttentionRunner`, whole models by `OnnxModel`."""
 
     name = "onnxruntime"
 
     def __init__(self, device: str = "cpu", form: str = "fused") -> None:
         self._runner = AttentionRunner(device=device, form=form)
+        self._device, self._form = device, form
         self.dtypes = tuple(dtype for dtype in DTYPES if dtype != "float64" or form == "portable")
         self.soft_mask = self._runner.soft_mask
         self.span_attention = self._runner.span_attention
         self.span_attention_backward = self._runner.span_attention_backward
+        self._model = lru_cache(MODELS)(self._make)
+
+    def open_model(
+        self,
+        config: refspan.ModelConfig,
+        params: Mapping[str, Array],
+        *,
+        batch: int,
+        memory: Sequence[tuple[Array, Array]] | None = None,
+    ) -> "_Stream":
+        """Export the model, in the dtype of its parameters, and start `batch` streams.
+
+        Keys, values and spans of a given `memory` are made by the reference: an exported model has no use for hidden
+        states.
+        """
+        arrays = tuple((name, x.dtype.str, x.shape, x.tobytes()) for name, x in params.items())
+        stream = self._model(config, arrays).open(batch)
+        if memory is None:
+            return _Stream(stream, 0)
+        start = refspan.open_model(config, params, batch=batch, memory=memory)
+        stream.restore(start.state())
+        return _Stream(stream, start.rows_projected())
+
+    def _make(
+        self, config: refspan.ModelConfig, arrays: tuple[tuple[str, str, tuple[int, ...], bytes], ...]
+    ) -> OnnxModel:
+        params = {name: np.frombuffer(content, dtype).reshape(shape) for name, dtype, shape, content in arrays}
+        dtype = str(params["embedding.weight"].dtype)
+        return OnnxModel.of(streaming_model(config, params, form=self._form, dtype=dtype), device=self._device)
 
     def facts(self) -> dict[str, str]:
         """Version, device, form of the graph, and which kernels and provider ran a first small step of it."""
@@ -33,3 +72,22 @@ class OnnxRuntimeBackend:
             "provider": ", ".join(f"{provider} ({count} nodes)" for provider, count in nodes.items()),
             "kernel": ", ".join(self._runner.kernel()),
         }
+
+
+class _Stream:
+    """A stream on ONNX Runtime, and how many memories it has projected: those of its tokens, each once (CACHE)."""
+
+    def __init__(self, stream: OnnxStream, projected: int) -> None:
+        self._stream, self._projected = stream, projected
+        self.memory_size = stream.memory_size
+        self.reset = stream.reset
+        self.state = stream.state
+        self.restore = stream.restore
+
+    def step(self, tokens: Array) -> Array:
+        log_probs = self._stream.step(tokens)
+        self._projected += tokens.size * self._stream.config.layers
+        return log_probs
+
+    def rows_projected(self) -> int:
+        return self._projected
