@@ -159,16 +159,17 @@ class OnnxStream:
 
     def _block(self, buffers: Buffers, tokens: Array, lengths: Array) -> Array:
         """Log-probabilities [B, M, V] of at most block_size tokens a row."""
+        session = self._model.session
         self._make_room(buffers, tokens.shape[1], lengths)
         log_probs = np.empty((*tokens.shape, self.config.vocab_size), self._model.layout.dtype)
         binding, bound = buffers.binding, self._bound[buffers.turn]
         for name, array in (("tokens", tokens), ("lengths", lengths), ("restart", self._restart)):
-            if bound.get(name) is not array:
+            if name == "tokens" or bound.get(name) is not array:
                 binding.bind_cpu_input(name, array)
-                bound[name] = array  # which must live as long as it is bound, and is never written to
+                bound[name] = array  # it must live as long as it is bound; all but tokens are ours and never written to
         bind_output(binding, "log_probs", log_probs)
         try:
-            self._model.session.run_with_iobinding(binding)
+            session.run_with_iobinding(binding)
         except Exception as error:  # noqa: BLE001 - onnxruntime raises a dozen unrelated types
             self._broken = True
             said = " ".join(str(error).split())

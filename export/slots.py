@@ -30,7 +30,7 @@ def slots_for(needed: int, current: int = 0) -> int:
 
 
 def needed_slots(counts: Array, lengths: Array, last_lengths: Array | None, positions: int) -> list[int]:
-    """Slots that a block needs of each layer, slot 0 among them.
+    """Slots that a block needs of each layer, slot 0 among them: for those it sees, and for those it leaves behind.
 
     Args:
         counts: [layers, B, 3], `live` after the last block, see `streaming_model`.
@@ -38,11 +38,11 @@ def needed_slots(counts: Array, lengths: Array, last_lengths: Array | None, posi
         last_lengths: [B] tokens of the last block; None if rows have restarted since then.
         positions: P.
     """
-    later = counts[:, :, 2]
+    now, later = counts[:, :, 0], counts[:, :, 2]
     if last_lengths is None or (last_lengths is not lengths and not np.array_equal(lengths, last_lengths)):
-        # At most the oldest of the recent memories become distant, and tokens that come and go within the block.
-        later = counts[:, :, 0] + np.minimum(lengths, counts[:, :, 1]) + np.maximum(0, lengths - positions)
-    return [1 + int(most) for most in later.max(axis=1)]
+        later = now + np.minimum(lengths, counts[:, :, 1])  # at most all of the oldest recent ones move
+    within = np.maximum(0, lengths - positions)  # tokens of the block that no longer are recent when it ends
+    return [1 + int(most) for most in np.maximum(now, later + within).max(axis=1)]
 
 
 def empty_distant(layout: Layout, batch: int, slots: int, *, first: int) -> dict[str, Array]:

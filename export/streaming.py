@@ -192,8 +192,8 @@ class _Builder:
             "live",
             "int64",
             (config.layers, "B", 3),
-            "memories of each layer and row that the next query may see: distant, recent; and distant ones after "
-            "another block of M tokens, which with slot 0 is how many slots that block needs",
+            "memories of each layer and row that the next query may see: distant, recent; and distant ones of these "
+            "after another block of M tokens, see refspan.export.slots.needed_slots",
         )
         ramp = self._constant("ramp", np.asarray(config.ramp, wide), "R, steps over which a memory fades")
         shared = ["recent_age", "distance", "faded", "kept", "leaves", "steps"]

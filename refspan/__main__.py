@@ -12,7 +12,7 @@ from refspan.errors import SetupError
 
 COMMANDS = {
     "check": "Hold a backend against the specification.",
-    "export": "Write an ONNX graph of the attention step or of its gradient.",
+    "export": "Write an ONNX graph: of one attention step, of its gradient, or of a whole model.",
     "import": "Read a model that the original implementation trained.",
 }
 """Command name -> what it does. The command itself is `refspan.commands.NAME:command`; `import` is in `import_`."""

@@ -68,6 +68,16 @@ def load_model(path: str | Path) -> "tuple[ModelConfig, dict[str, np.ndarray[Any
     return config, arrays
 
 
+def load_notes(path: str | Path) -> dict[str, str]:
+    """The notes of a file that `save_model` wrote.
+
+    Raises:
+        SetupError: as `load_model`.
+    """
+    metadata, _ = _read(path, "refspan_model", "a model, as refspan import and refspan.save_model write", tensors=False)
+    return {name: text for name, text in metadata.items() if name not in ("refspan_model", "config")}
+
+
 def save_state(path: str | Path, stream: Stream) -> None:
     """Write what a stream remembers; a file that is there is replaced once the new one is whole.
 
@@ -115,8 +125,10 @@ def _write(path: str | Path, arrays: Mapping[str, Array], metadata: dict[str, st
     write_whole(Path(path), save({name: to_numpy(array) for name, array in arrays.items()}, metadata=metadata))
 
 
-def _read(path: str | Path, kind: str, expected: str) -> "tuple[dict[str, str], dict[str, np.ndarray[Any, Any]]]":
-    """Metadata and arrays of a file of this kind."""
+def _read(
+    path: str | Path, kind: str, expected: str, *, tensors: bool = True
+) -> "tuple[dict[str, str], dict[str, np.ndarray[Any, Any]]]":
+    """Metadata and, unless they are not wanted, arrays of a file of this kind."""
     check_file(Path(path))
     try:
         with safe_open(path, framework="numpy") as file:
@@ -128,7 +140,7 @@ def _read(path: str | Path, kind: str, expected: str) -> "tuple[dict[str, str], 
             if metadata[kind] != LAYOUT:
                 raise SetupError(f"{path}: layout {metadata[kind]}, this refspan reads {LAYOUT}; use a newer refspan")
             arrays = {}
-            for name in file.keys():  # noqa: SIM118 - no mapping
+            for name in file.keys() if tensors else ():
                 dtype = file.get_slice(name).get_dtype()
                 if dtype not in _DTYPES:
                     raise SetupError(f"{path}: {name}: got {dtype}, expected one of {', '.join(_DTYPES)}")

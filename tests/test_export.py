@@ -214,7 +214,7 @@ def test_text_sources_are_packaged_and_used():
 
 def test_a_missing_setting_is_noticed():
     with pytest.raises(KeyError, match="ir_version"):
-        build_model("mask", {"opset": 18}, position=False)
+        build_model("mask", {"opset": 18}, {})
 
 
 # refspan export
