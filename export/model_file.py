@@ -178,10 +178,12 @@ def _check_external(path: str | Path, model: "onnx.ModelProto") -> bool:
                 f"{path}: {tensor.name}: its weights are missing: no regular file {location} beside the model"
             )
         try:
-            end = int(entries.get("offset", "0")) + int(entries["length"])
+            start, length = int(entries.get("offset", "0")), int(entries["length"])
+            if min(start, length) < 0:
+                raise ValueError
         except (KeyError, ValueError):
             raise SetupError(f"{path}: {tensor.name}: does not say where in {location} its weights are") from None
-        if end > beside.stat().st_size:
+        if start + length > beside.stat().st_size:
             raise SetupError(f"{path}: {tensor.name}: {location} ends before its weights do; copy it again")
     return found
 

@@ -422,7 +422,7 @@ def test_arguments_of_others(tmp_path):
 
 
 def test_a_model_from_a_file_is_the_same_model(tmp_path):
-    config, params = small_model()
+    config, params = small_model(vocab_size=256)
     made = streaming_model(config, params, form="fused", tokenizer="bytes")
     tokens = tokens_of(np.random.default_rng(0), config, 1, 8)
     expected = OnnxModel.of(made).open(1).step(tokens)
