@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from refspan.config import ModelConfig
 from refspan.errors import SetupError
 from refspan.export.models import DTYPES, FORMS
-from refspan.export.streaming import LAYOUT, Layout
+from refspan.export.streaming import LAYOUT, SMALL_TENSOR, Layout
 from refspan.files import check_file, write_whole
 from refspan.fingerprint import FINGERPRINT_BYTES
 
@@ -25,9 +25,6 @@ MOST_BYTES = 2**31 - 2**24
 
 _ALIGNMENT = 4096
 """Weights in a file of their own begin at multiples of this, so that they can be mapped into memory."""
-
-_SMALL = 1024
-"""Bytes of a tensor up to which it stays in the model's own file: shapes and the like."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +52,7 @@ def write_model_file(path: Path, model: "onnx.ModelProto", *, most_bytes: int = 
         return [path]
     beside = path.with_name(f"{path.name}.data")
     parts, offset = [], 0
-    large = [tensor for tensor in tensors if len(tensor.raw_data) > _SMALL]
+    large = [tensor for tensor in tensors if len(tensor.raw_data) > SMALL_TENSOR]
     for tensor in large:
         gap = -offset % _ALIGNMENT
         parts += [bytes(gap), tensor.raw_data]
