@@ -17,6 +17,7 @@ step.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -66,6 +67,7 @@ class ModelBounds:
         with np.errstate(all="ignore"):
             self._perturbed = self._run()
 
+    @cached_property
     def expected(self) -> Expected:
         """Log-probabilities [T, V]."""
         memory = start_memory(self.config, self.params, 1)

@@ -232,7 +232,7 @@ class Answers:
         values, bounds = [], []
         for b in range(len(operation.tokens)):
             row = self._rows[i][b]
-            expected = self._of_row(self._of[i], b, row).expected()
+            expected = self._of_row(self._of[i], b, row).expected
             end = len(row.tokens)
             values.append(expected.value[end - length : end])
             bounds.append(expected.bound[end - length : end])

@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import onnx.inliner
 
 import refspan
 from refspan.export import DTYPES, AttentionRunner, OnnxModel, OnnxStream, streaming_model
@@ -56,7 +57,9 @@ class OnnxRuntimeBackend:
     ) -> OnnxModel:
         params = {name: np.frombuffer(content, dtype).reshape(shape) for name, dtype, shape, content in arrays}
         dtype = str(params["embedding.weight"].dtype)
-        return OnnxModel.of(streaming_model(config, params, form=self._form, dtype=dtype), device=self._device)
+        model = streaming_model(config, params, form=self._form, dtype=dtype)
+        # ONNX Runtime would put functions in place of their calls too, but takes longer; checks open hundreds.
+        return OnnxModel.of(onnx.inliner.inline_local_functions(model), device=self._device)
 
     def facts(self) -> dict[str, str]:
         """Version, device, form of the graph, and which kernels and provider ran a first small step of it."""
