@@ -9,7 +9,7 @@ import numpy as np
 from refspan.arrays import check_whole
 from refspan.checkpoint import read_state, write_state
 from refspan.config import ModelConfig
-from refspan.errors import SetupError
+from refspan.errors import RunFailedError, SetupError
 from refspan.export.slots import needed_slots, slots_for
 from refspan.export.stream_arrays import from_memory, to_memory
 from refspan.export.stream_buffers import Buffers, bind_output
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from refspan.export.onnx_model import OnnxModel
 
 
-class StreamFailedError(RuntimeError):
-    """ONNX Runtime stopped in the middle of a step. `restore` a saved state, here or in another stream, to go on."""
+class StreamFailedError(RunFailedError):
+    """A step stopped in its middle. `restore` a saved state, here or in another stream, to go on."""
 
 
 class OnnxStream:
@@ -126,13 +126,17 @@ class OnnxStream:
             raise ValueError("the stream is closed")
         self._start(check_state(np, state, self.config, self._batch, self._empty(), self._model.fingerprint))
 
-    def save_state(self, path: str | Path) -> None:
+    def save_state(self, path: str | Path, *, notes: Mapping[str, str] | None = None) -> None:
         """Write the state to a file, which `load_state` and `refspan.load_state` read; whole or not at all.
+
+        Args:
+            path: of the file, by convention `.safetensors`.
+            notes: further metadata, see `refspan.checkpoint.load_state_notes`.
 
         Raises:
             SetupError: the file cannot be written; what was there is untouched.
         """
-        write_state(path, self.config, self.state())
+        write_state(path, self.config, self.state(), notes)
 
     def load_state(self, path: str | Path) -> None:
         """Go on from a file that `save_state` or `refspan.save_state` wrote.
@@ -168,14 +172,15 @@ class OnnxStream:
                 binding.bind_cpu_input(name, array)
                 bound[name] = array  # it must live as long as it is bound; all but tokens are ours and never written to
         bind_output(binding, "log_probs", log_probs)
+        self._broken = True  # until the step is done: Ctrl-C may come at any point, too
         try:
             session.run_with_iobinding(binding)
         except Exception as error:  # noqa: BLE001 - onnxruntime raises a dozen unrelated types
-            self._broken = True
             said = " ".join(str(error).split())
             raise StreamFailedError(f"ONNX Runtime failed in the middle of a step: {said}") from None
         buffers.advance()
         self._counts, self._last_lengths, self._restart = self._bound_counts.copy(), lengths, self._no_restart
+        self._broken = False
         return log_probs
 
     def _make_room(self, buffers: Buffers, queries: int, lengths: Array) -> None:
@@ -249,6 +254,6 @@ class OnnxStream:
             raise ValueError("the stream is closed")
         if self._broken:
             raise StreamFailedError(
-                "ONNX Runtime failed in an earlier step; restore a saved state, or open a new stream"
+                "an earlier step did not end; restore a saved state, or open a new stream"
             )
         return self._buffers

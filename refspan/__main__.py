@@ -8,12 +8,14 @@ import sys
 import click
 from click.exceptions import NoArgsIsHelpError
 
-from refspan.errors import SetupError
+from refspan.errors import RunFailedError, SetupError
 
 COMMANDS = {
     "check": "Hold a backend against the specification.",
     "export": "Write an ONNX graph: of one attention step, of its gradient, or of a whole model.",
+    "generate": "Continue a text with an exported model.",
     "import": "Read a model that the original implementation trained.",
+    "run": "Score a text or token file with an exported model.",
 }
 """Command name -> what it does. The command itself is `refspan.commands.NAME:command`; `import` is in `import_`."""
 
@@ -65,6 +67,9 @@ def main() -> None:
     except SetupError as error:
         click.echo(f"refspan: {error}", err=True)
         status = 2
+    except RunFailedError as error:
+        click.echo(f"refspan: {error}", err=True)
+        status = 1
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         click.echo(f"refspan: {where}{error.strerror or error}", err=True)

@@ -103,9 +103,17 @@ def load_state(path: str | Path, stream: Stream) -> None:
         raise SetupError(f"{path}: {error}") from None
 
 
-def write_state(path: str | Path, config: ModelConfig, state: Mapping[str, Array]) -> None:
-    """Write the state of a stream, whatever runs it; see `save_state`."""
-    _write(path, state, {"refspan_stream": LAYOUT, "config": _json(config)})
+def write_state(
+    path: str | Path, config: ModelConfig, state: Mapping[str, Array], notes: Mapping[str, str] | None = None
+) -> None:
+    """Write the state of a stream, whatever runs it, with further metadata; see `save_state`."""
+    _write(path, state, {**(notes or {}), "refspan_stream": LAYOUT, "config": _json(config)})
+
+
+def load_state_notes(path: str | Path) -> dict[str, str]:
+    """The further metadata of a file that `write_state` wrote; raises SetupError as `load_state`."""
+    metadata, _ = _read(path, "refspan_stream", "the state of a stream, as refspan.save_state writes", tensors=False)
+    return {name: text for name, text in metadata.items() if name not in ("refspan_stream", "config")}
 
 
 def read_state(path: str | Path, config: ModelConfig) -> "dict[str, np.ndarray[Any, Any]]":

@@ -7,3 +7,10 @@ class SetupError(Exception):
     The message is one line that says what was wrong, what was expected and what to do. The command line prints it
     and exits with status 2.
     """
+
+
+class RunFailedError(RuntimeError):
+    """What was asked for was right, and failed while it ran: a device lost, memory at its end.
+
+    The command line prints the message, one line, and exits with status 1.
+    """

@@ -1,7 +1,6 @@
 """`refspan check`: hold a backend against the specification."""
 
 import shlex
-import signal
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import click
 from refspan.conformance.protocol import EXAMPLES, TIMEOUT
 from refspan.errors import SetupError
 from refspan.files import check_writable, write_whole
+from refspan.interrupt import note_interrupts
 
 
 @click.command("check")
@@ -86,7 +86,7 @@ def command(
         return shlex.join([*replay, "--check", id_])
 
     interrupted = False
-    asked_to_stop = _on_interrupt()
+    asked_to_stop = note_interrupts()
     try:
         for line in report.header():
             click.echo(line)
@@ -137,20 +137,3 @@ def _run(
                 lines += [f"      replay: {result.failure.replay}"]
             for line in lines:
                 bar.write(line)
-
-
-def _on_interrupt() -> list[int]:
-    """A list that is no longer empty once Ctrl-C was pressed; the run ends before its next example.
-
-    An exception at any point, as Python has it, may meet a callback and be dropped there with a traceback. Pressed
-    twice, Ctrl-C does that all the same.
-    """
-    received: list[int] = []
-
-    def note(number: int, _: object) -> None:
-        received.append(number)
-        if len(received) > 1:
-            raise KeyboardInterrupt
-
-    signal.signal(signal.SIGINT, note)
-    return received
