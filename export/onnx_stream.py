@@ -253,7 +253,5 @@ class OnnxStream:
         if self._buffers is None:
             raise ValueError("the stream is closed")
         if self._broken:
-            raise StreamFailedError(
-                "an earlier step did not end; restore a saved state, or open a new stream"
-            )
+            raise StreamFailedError("an earlier step did not end; restore a saved state, or open a new stream")
         return self._buffers
