@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from refspan.config import ModelConfig
 from refspan.errors import SetupError
+from refspan.export.layout import LAYOUT, Layout
 from refspan.export.models import DTYPES, FORMS
-from refspan.export.streaming import LAYOUT, SMALL_TENSOR, Layout
+from refspan.export.streaming import SMALL_TENSOR
 from refspan.files import check_file, write_whole
 from refspan.fingerprint import FINGERPRINT_BYTES
 

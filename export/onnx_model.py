@@ -8,11 +8,11 @@ import numpy as np
 
 from refspan.arrays import check_count
 from refspan.config import ModelConfig
+from refspan.export.layout import Array, Layout
 from refspan.export.model_file import ModelFile, model_file_of, read_model_file
 from refspan.export.onnx_stream import OnnxStream
 from refspan.export.session import check_device, load_onnxruntime, make_session, placement_of
 from refspan.export.slots import repack_model
-from refspan.export.streaming import Array, Layout
 
 if TYPE_CHECKING:
     import onnx

@@ -10,10 +10,10 @@ from refspan.arrays import check_whole
 from refspan.checkpoint import read_state, write_state
 from refspan.config import ModelConfig
 from refspan.errors import RunFailedError, SetupError
+from refspan.export.layout import Array
 from refspan.export.slots import needed_slots, slots_for
 from refspan.export.stream_arrays import from_memory, to_memory
 from refspan.export.stream_buffers import Buffers, bind_output
-from refspan.export.streaming import Array
 from refspan.memory import Memory
 from refspan.stream import MemoryLimitError
 from refspan.stream_state import check_state

@@ -4,7 +4,7 @@ from math import isfinite
 
 import numpy as np
 
-from refspan.export.streaming import Array
+from refspan.export.layout import Array
 
 
 def sample(

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from refspan.export.layout import Array, Layout
 from refspan.export.models import check_graph, type_settings
 from refspan.export.source import build_model
-from refspan.export.streaming import Array, Layout
 
 GRANULARITY = 64
 """Slots are a multiple of this, which CUDA's kernels want of a bias, and of more when there are more than 2048."""

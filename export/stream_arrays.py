@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from refspan.export.layout import Array, Layout
 from refspan.export.slots import empty_distant
-from refspan.export.streaming import Array, Layout
 from refspan.memory import NEVER, Memory, expired
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from refspan.export.layout import Array
 from refspan.export.slots import empty_distant
-from refspan.export.streaming import Array
 
 if TYPE_CHECKING:
     from refspan.export.onnx_model import OnnxModel

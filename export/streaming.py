@@ -3,27 +3,24 @@
     tokens, lengths, restart, state of each layer  ->  log_probs, live, new state of each layer
 
 The layers are calls of one function, `refspan.layer`, each with its own weights; see `layer.onnxtxt` and the functions
-that it calls. What a state consists of is said here, in `state_tensors`, for those who bind it.
+that it calls, and `layout.py` for what a state consists of.
 """
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from refspan.config import ModelConfig, check_parameters
 from refspan.errors import SetupError
+from refspan.export.layout import LAYOUT, Array, Layout
 from refspan.export.models import DTYPES, FORMS, check_graph, label, opset_for, type_settings
 from refspan.export.source import functions_of, name_nodes
 from refspan.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     import onnx
-
-LAYOUT = "1"
-"""Version of the inputs and outputs described here."""
 
 CLAUSES = (
     *("SPAN", "PAST", "MASK", "LOGIT", "WEIGHT", "EMPTY", "OUTPUT", "AGE", "DROP", "BOUND", "START", "CACHE"),
@@ -32,82 +29,6 @@ CLAUSES = (
 
 SMALL_TENSOR = 1024
 """Bytes of a tensor up to which it always is part of the graph: shapes, scalars and the like."""
-
-_ALIGNED = 8
-"""CUDA kernels of Attention take head sizes that are a multiple of this."""
-
-Array = np.ndarray[Any, np.dtype[Any]]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Sizes of a state, and what depends on form and dtype."""
-
-    config: ModelConfig
-    positions: int
-    """P"""
-    form: str
-    dtype: str
-
-    @property
-    def wide(self) -> str:
-        """The dtype of spans (WIDTH)."""
-        return "float64" if self.dtype == "float64" else "float32"
-
-    @property
-    def key_width(self) -> int:
-        """E: a key of D numbers, and those behind them that `distant_attention` explains."""
-        size = self.config.head_size + self.log_numbers
-        return -(-size // _ALIGNED) * _ALIGNED if self.form == "fused" else size
-
-    @property
-    def value_width(self) -> int:
-        """E': as wide as keys in the fused form, else D."""
-        return self.key_width if self.form == "fused" else self.config.head_size
-
-    @property
-    def log_numbers(self) -> int:
-        """Numbers of a query that carry the logarithm: in float16 one more, for what rounding took off."""
-        return 2 if self.dtype == "float16" else 1
-
-    def state_tensors(self) -> dict[str, "StateTensor"]:
-        """Name -> what it is in each layer; it comes in as `layers.{i}.NAME` and goes out as `layers.{i}.NAME.next`."""
-        heads, size = self.config.heads, self.config.head_size
-        recent = ("B", self.positions, heads, size)
-        about = "of the last P steps, oldest first; age P - j at place j"
-        return {
-            "recent_key": StateTensor(self.dtype, recent, f"keys {about}"),
-            "recent_value": StateTensor(self.dtype, recent, f"values {about}"),
-            "recent_span": StateTensor(self.wide, ("B", self.positions), f"expire-spans {about}; -inf: empty"),
-            "distant_key": StateTensor(
-                self.dtype,
-                ("B", heads, "C", self.key_width),
-                "keys of older memories, any order; slot 0 is none: its number D is 1 (D + 1 too in float16), others 0",
-                in_place=True,
-            ),
-            "distant_value": StateTensor(
-                self.dtype,
-                ("B", heads, "C", self.value_width),
-                "values of older memories; slot 0 is 0, but for number D, where there is one, which is 1",
-                in_place=True,
-            ),
-            "distant_span": StateTensor(
-                self.wide, ("B", "C"), "expire-spans of older memories; -inf: empty; slot 0: inf"
-            ),
-            "distant_age": StateTensor("int64", ("B", "C"), "steps from older memories to the block's first query"),
-        }
-
-
-@dataclass(frozen=True)
-class StateTensor:
-    """One tensor of a layer's state."""
-
-    dtype: str
-    shape: tuple[int | str, ...]
-    """B: batch, C: slots of this layer."""
-    meaning: str
-    in_place: bool = False
-    """Whether input and output may be the same memory."""
 
 
 def streaming_model(

@@ -12,7 +12,7 @@ from typing import BinaryIO
 import numpy as np
 
 from refspan.errors import SetupError
-from refspan.export.streaming import Array
+from refspan.export.layout import Array
 from refspan.files import check_file
 
 STDIN = Path("-")

@@ -1,15 +1,17 @@
-"""The README's Python runs as it stands there, one block after the other, after the exports that it shows."""
+"""The README's Python runs as it stands there, one block after the other, after the commands that it shows."""
 
 import re
 import runpy
+import shlex
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 PYTHON = [block for block in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL) if "# mine.py" not in block]
-EXPORTS = re.findall(r"^refspan (export .*?) *(?:#.*)?$", README, flags=re.MULTILINE)
+COMMANDS = re.findall(r"^refspan ((?:export|run|generate) .*?) *(?:#.*)?$", README, flags=re.MULTILINE)
 
 
 def test_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
@@ -17,9 +19,13 @@ def test_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     from refspan.__main__ import cli
 
     monkeypatch.chdir(tmp_path)
-    assert EXPORTS
-    for line in EXPORTS:
-        assert CliRunner().invoke(cli, line.split()).exit_code == 0, line
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    (tmp_path / "README.md").symlink_to(ROOT / "README.md")
+    assert len(COMMANDS) >= 6
+    for line in COMMANDS:
+        result = CliRunner().invoke(cli, shlex.split(line), standalone_mode=False)
+        assert result.exception is None, line
+        assert result.return_value in (None, 0), line
     assert len(PYTHON) >= 4
     (tmp_path / "readme.py").write_text("\n".join(PYTHON))
     runpy.run_path("readme.py")

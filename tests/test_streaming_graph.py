@@ -16,8 +16,8 @@ from refspan.__main__ import cli
 from refspan.clauses import CLAUSES
 from refspan.errors import SetupError
 from refspan.export import OnnxModel, streaming_model, write_model_file
+from refspan.export.layout import LAYOUT, Layout
 from refspan.export.slots import empty_distant, repack_model
-from refspan.export.streaming import LAYOUT, Layout
 
 VARIANTS = [
     (form, dtype, norm, positions)
@@ -302,3 +302,13 @@ def test_export_model_refuses(checkpoint, tmp_path):
         assert status == 2, said
         assert message in said
         assert not out.exists()
+
+
+def test_nothing_is_computed_in_vain():
+    """Every result is wanted, but for the operators that have more of them than one asks for."""
+    spare = {"overdue_of_slots", "longest", "padding"}
+    for _, model in every_streaming_model():
+        for function in model.functions:
+            used = {name for node in function.node for name in node.input} | set(function.output)
+            made = {name for node in function.node for name in node.output}
+            assert made - used <= spare, function.name
