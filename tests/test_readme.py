@@ -20,7 +20,7 @@ def test_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    (tmp_path / "README.md").symlink_to(ROOT / "README.md")
+    (tmp_path / "refspan").symlink_to(ROOT / "refspan")
     assert len(COMMANDS) >= 6
     for line in COMMANDS:
         result = CliRunner().invoke(cli, shlex.split(line), standalone_mode=False)
