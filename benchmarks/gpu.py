@@ -1,6 +1,6 @@
-"""All there is to check and time of the attention step on a GPU, into one JSON file.
+"""All there is to check and time on a GPU, the attention step and whole streaming models, into one JSON file.
 
-    python benchmarks/gpu.py                       # an NVIDIA GPU; about 8 minutes
+    python benchmarks/gpu.py                       # an NVIDIA GPU; 9 minutes, or as --minutes says
     python benchmarks/gpu.py --device cpu --small  # the same code on tiny sizes, to try the script itself
 
 torch, cupy, onnxruntime-gpu and triton are each optional: what is missing is recorded as missing, and the rest goes on.
@@ -40,7 +40,7 @@ def interrupt(*_):
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True)
 @click.option("--small", is_flag=True, help="Tiny sizes and few examples, to try the script itself.")
 @click.option("--only", "chosen", type=click.Choice(list(PARTS)), multiple=True, help="Run only this part; repeatable.")
-@click.option("--minutes", type=float, help="For the whole run; what takes longer is ended. 8, or fit for --budget.")
+@click.option("--minutes", type=float, help="For the whole run; what takes longer is ended. 9, or fit for --budget.")
 @click.option(
     "--budget",
     type=click.FloatRange(min=0),
@@ -50,11 +50,11 @@ def interrupt(*_):
 @click.option("--examples", type=int, help="Per conformance check; 20, or 3 with --small.")
 @click.option("--out", type=click.Path(path_type=Path), help="Default: benchmarks/results/gpu-DATE-DEVICE.json")
 def main(device, small, chosen, minutes, budget, examples, out):
-    """Check and time the attention step on a GPU, and write one JSON file."""
+    """Check and time attention and streaming models on a GPU, and write one JSON file."""
     signal.signal(signal.SIGTERM, interrupt)
     date, start = time.strftime("%Y-%m-%d-%H%M", time.gmtime()), time.time()
     if minutes is None:
-        minutes = 8.0 if budget is None else budget / 60 + 1  # a minute for what the budget finds running
+        minutes = 9.0 if budget is None else budget / 60 + 1  # a minute for what the budget finds running
     budget = math.inf if budget is None else budget
     name = re.sub("[^A-Za-z0-9]+", "-", device_name(device))
     path = out or ROOT / "benchmarks" / "results" / f"gpu-{date}-{name}.json"

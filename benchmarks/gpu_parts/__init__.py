@@ -9,6 +9,11 @@
     contenders    all of these by name
     speed         part: time of a step
     memory        part: device memory of a step
+    streams       a whole model's step in its steady state, and its contenders by name
+    flex          the strongest of its peers: PyTorch with cached keys and values and FlexAttention
+    streaming     part: time of such a step
+    choices       part: kernels and ways to run them that the design chooses from
+    traces        which kernels and copies a call runs
     sections      one part's sections, each recorded however it ends
     record        the JSON file
 

@@ -7,10 +7,9 @@ from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 from .device import library
-from .ours import model_of
+from .ours import GRAPHS, model_of
 
 FALLBACK = ", CPU fallback allowed"
 
@@ -18,7 +17,7 @@ FALLBACK = ", CPU fallback allowed"
 def sections(settings):
     """As `gpu_parts` says."""
     dtypes = ("float32", "float16")
-    graphs = [(graph, dtype) for graph in ("fused", "portable", "gradient") for dtype in dtypes]
+    graphs = [(graph, dtype) for graph in GRAPHS for dtype in dtypes]
     parts = {f"placement {graph} {dtype}": partial(placement, graph, dtype) for graph, dtype in graphs}
     reference = "numpy" if settings.device == "cpu" else "cupy"
     runs = [("onnxruntime", form, dtype) for dtype in dtypes for form in ("fused", "portable")]
@@ -74,11 +73,9 @@ def checks_with_fallback(strict, form, dtype, share, settings, results):
 
 def onnxruntime_with_fallback(device, form):
     """Our backend with nodes allowed on the CPU."""
-    from refspan.export import AttentionRunner
+    from refspan.conformance.backends.onnxruntime import OnnxRuntimeBackend
 
-    runner = AttentionRunner(device=device, form=form, session_options={"session.disable_cpu_ep_fallback": "0"})
-    names = ("soft_mask", "span_attention", "span_attention_backward")
-    return SimpleNamespace(name="onnxruntime", **{name: getattr(runner, name) for name in names})
+    return OnnxRuntimeBackend(device, form, {"session.disable_cpu_ep_fallback": "0"})
 
 
 def run_checks(load, dtype, share, settings, words):

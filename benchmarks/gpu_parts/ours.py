@@ -11,14 +11,32 @@ from .device import library, line, runtime
 from .peers import gathered
 from .steps import RAMP
 
+GRAPHS = ["fused", "portable", "gradient", "model fused", "model portable", "repack fused", "repack portable"]
+
 
 def model_of(graph, dtype, device):
-    """The graph as `AttentionRunner` runs it on this device (on CUDA the fused one is at opset 23)."""
+    """The graph as it is run on this device (on CUDA the fused one is at opset 23); models with two layers."""
     from refspan.export import attention_model, gradient_model
 
     if graph == "gradient":
         return gradient_model(dtype)
+    if " " in graph:
+        return streaming_graph(*graph.split(), dtype)
     return attention_model(graph, dtype, opset=23 if device == "cuda" and graph == "fused" else None)
+
+
+def streaming_graph(which, form, dtype):
+    """A small model, or the graph that moves its distant memories."""
+    from refspan.export import streaming_model
+    from refspan.export.layout import Layout
+    from refspan.export.slots import repack_model
+
+    sizes = {"vocab_size": 64, "hidden_size": 128, "feedforward_size": 512, "heads": 2, "head_size": 64}
+    config = refspan.ModelConfig(**sizes, layers=2, block_size=64, max_span=1e4, ramp=RAMP)
+    params = refspan.initial_parameters(config, 0)
+    if which == "model":
+        return streaming_model(config, params, form=form, dtype=dtype)
+    return repack_model(Layout(config, len(params["position.weight"]), form, dtype), 23 if form == "fused" else 18)
 
 
 def onnxruntime_contender(name, case, data, device):

@@ -7,10 +7,17 @@ import time
 import traceback
 from dataclasses import replace
 
-from . import conformance, environment, memory, speed
+from . import choices, conformance, environment, memory, speed, streaming
 from .device import failure, line, usable
 
-PARTS = {"environment": (environment, 2), "conformance": (conformance, 7), "speed": (speed, 8), "memory": (memory, 3)}
+PARTS = {
+    "environment": (environment, 2),
+    "conformance": (conformance, 7),
+    "streaming": (streaming, 8),
+    "speed": (speed, 8),
+    "choices": (choices, 4),
+    "memory": (memory, 3),
+}
 """Name -> module, and its share of the time."""
 RUNNING = {"status": "running"}
 

@@ -30,7 +30,7 @@ def cases(small):
         pairs = [(few, "float16"), (many, "float32")]
         return [make(256, dtype, backward=backward) for make, dtype in pairs for backward in (False, True)]
     few, many = partial(Case, 1, 8), partial(Case, 16, 16)
-    half = [few(4096, "float16"), many(4096, "float16"), few(4096, "float16", backward=True)]
+    half = [few(4096, "float16"), many(4096, "float16"), many(8192, "float16"), few(4096, "float16", backward=True)]
     half += [make(n, "float16") for n in (16384, 1024) for make in (few, many)]
     return [*half, few(4096, "float32", backward=True), *(few(n, "float32") for n in (4096, 16384, 1024))]
 

@@ -18,12 +18,21 @@ MODELS = 4
 
 
 class OnnxRuntimeBackend:
-    """The graphs of `refspan.export`: one step run by `AttentionRunner`, whole models by `OnnxModel`."""
+    """The graphs of `refspan.export`: one step run by `AttentionRunner`, whole models by `OnnxModel`.
+
+    Args:
+        device: "cpu" or "cuda".
+        form: "fused" or "portable".
+        session_options: further session configuration entries of ONNX Runtime.
+    """
 
     name = "onnxruntime"
 
-    def __init__(self, device: str = "cpu", form: str = "fused") -> None:
-        self._runner = AttentionRunner(device=device, form=form)
+    def __init__(
+        self, device: str = "cpu", form: str = "fused", session_options: Mapping[str, str] | None = None
+    ) -> None:
+        self._options = dict(session_options or {})
+        self._runner = AttentionRunner(device=device, form=form, session_options=self._options)
         self._device, self._form = device, form
         self.dtypes = tuple(dtype for dtype in DTYPES if dtype != "float64" or form == "portable")
         self.soft_mask = self._runner.soft_mask
@@ -59,7 +68,8 @@ class OnnxRuntimeBackend:
         dtype = str(params["embedding.weight"].dtype)
         model = streaming_model(config, params, form=self._form, dtype=dtype)
         # ONNX Runtime would put functions in place of their calls too, but takes longer; checks open hundreds.
-        return OnnxModel.of(onnx.inliner.inline_local_functions(model), device=self._device)
+        inlined = onnx.inliner.inline_local_functions(model)
+        return OnnxModel.of(inlined, device=self._device, session_options=self._options)
 
     def facts(self) -> dict[str, str]:
         """Version, device, form of the graph, and which kernels and provider ran a first small step of it."""
