@@ -22,6 +22,7 @@ from functools import cached_property
 import numpy as np
 
 from refspan.config import ModelConfig
+from refspan.conformance.memo import remembered
 from refspan.conformance.protocol import Array
 from refspan.conformance.tolerance import Arithmetic, Expected
 from refspan.layer_norm import EPSILON
@@ -199,3 +200,9 @@ class ModelBounds:
     def _heads(self, x: Array) -> Array:
         """[1 + S, N, H D] -> [1 + S, H, N, D]."""
         return np.moveaxis(x.reshape(*x.shape[:2], self.config.heads, self.config.head_size), 2, 1)
+
+
+@remembered
+def model_bounds(config: ModelConfig, params: Mapping[str, Array], history: History) -> ModelBounds:
+    """Bounds of this history."""
+    return ModelBounds(config, params, history)

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from refspan.config import ModelConfig, initial_parameters
-from refspan.conformance.model_bounds import History, ModelBounds
+from refspan.conformance.model_bounds import History, ModelBounds, model_bounds
 from refspan.conformance.programs import Open, Operation, Program, Projected, Reset, Restore, Save, Size, Step
 from refspan.conformance.protocol import Array
 from refspan.conformance.tolerance import Expected
@@ -259,6 +259,6 @@ class Answers:
         opened = self._opened[place]
         tokens = np.array(row.tokens, np.int64)
         if not row.given or opened.memory is None:
-            return ModelBounds(opened.config, opened.params, History(tokens))
+            return model_bounds(opened.config, opened.params, History(tokens))
         hidden, age = [h[b] for h, _ in opened.memory], [a[b] for _, a in opened.memory]
-        return ModelBounds(opened.config, opened.params, History(tokens, hidden, age))
+        return model_bounds(opened.config, opened.params, History(tokens, hidden, age))

@@ -134,6 +134,17 @@ def _run_one(
     return Result(check.id, check.level, check.clauses, check.purpose, status, worst, asked, seconds, failure)
 
 
+def drawn(check: Check, dtype: np.dtype, seed: int, examples: int) -> list[Any]:
+    """The cases that `run` asks of a backend that passes, in their order."""
+    cases: list[Any] = []
+
+    def collect(case: Any) -> None:
+        cases.append(case)
+
+    _ask_all(check, dtype, seed, examples, collect)
+    return cases
+
+
 def _ask_all(check: Check, dtype: np.dtype, seed: int, examples: int, ask: Callable[[Any], None]) -> None:
     cases = check.cases(dtype)
     if isinstance(cases, Sequence):

@@ -19,12 +19,14 @@ Three things need more than a multiple of u.
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import frexp
 
 import numpy as np
 
 import refspan
 from refspan.conformance.cases import AttentionCase, Memories
+from refspan.conformance.memo import remembered
 from refspan.conformance.protocol import Array
 
 
@@ -90,6 +92,7 @@ def mask_interval(memories: Memories) -> MaskInterval:
     return MaskInterval(exact, low, high, kink)
 
 
+@remembered
 def expected_mask(memories: Memories) -> Expected:
     """Expected `soft_mask`."""
     interval = mask_interval(memories)
@@ -179,9 +182,10 @@ class AttentionBounds:
 
     def expected_gradients(self) -> dict[str, Expected]:
         """Expected `span_attention_backward` for the upstream gradient of the case."""
-        with np.errstate(all="ignore"):
-            return self._gradients()
+        return self._gradients
 
+    @cached_property
+    @np.errstate(all="ignore")
     def _gradients(self) -> dict[str, Expected]:
         case, u, tiny = self.wide, self.arithmetic.u, self.arithmetic.tiny
         batch, heads, queries, memories, head_size = case.sizes
@@ -250,6 +254,12 @@ class AttentionBounds:
         bound = bound + np.where(bound > 0, self.arithmetic.u * np.abs(value), 0)
         too_large = np.abs(value) + bound > self.arithmetic.largest / 4
         return Expected(value, np.where(too_large | np.isnan(bound), np.inf, bound))
+
+
+@remembered
+def attention_bounds(case: AttentionCase) -> AttentionBounds:
+    """Bounds of this case."""
+    return AttentionBounds(case)
 
 
 def _float64(case: AttentionCase) -> AttentionCase:

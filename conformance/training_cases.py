@@ -11,17 +11,21 @@ because da - c is then g . v - g . v. Such terms are about as large as the large
 times that is allowed everywhere.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
 
 import refspan
+from refspan.conformance.memo import remembered
 from refspan.conformance.model_bounds import SAFETY, SAMPLES
 from refspan.conformance.model_cases import SPANS, models
 from refspan.conformance.programs import Learn
 from refspan.conformance.protocol import Array
 from refspan.conformance.tolerance import Arithmetic, Expected
+from refspan.model import losses
 
 TERMS = 4.0
 
@@ -77,39 +81,56 @@ class Taught:
     gradients: dict[str, Expected]
 
 
+@remembered
 def expected_training(case: TrainingCase) -> list[Taught]:
     """Losses and gradients of each block, computed by the reference in float64."""
+    return _expected(case, _learn)
+
+
+@remembered
+def expected_losses(case: TrainingCase) -> list[Taught]:
+    """The same without gradients, and without the time that they take."""
+    return _expected(case, _evaluate)
+
+
+_Block = tuple[float, float, dict[str, Array]]
+"""Task loss, span loss and gradients."""
+
+
+def _learn(one: Learn, params: dict[str, Array], memory: Any, **options: Any) -> tuple[_Block, Any]:
+    (task, span), grads, memory = refspan.loss_and_gradients(
+        one.config, params, one.tokens, one.targets, memory, **options
+    )
+    return (task, span, grads), memory
+
+
+def _evaluate(one: Learn, params: dict[str, Array], memory: Any, **options: Any) -> tuple[_Block, Any]:
+    (task, span), memory = losses(one.config, params, one.tokens, one.targets, memory, **options)
+    return (task, span, {}), memory
+
+
+def _expected(case: TrainingCase, run_block: Callable[..., tuple[_Block, Any]]) -> list[Taught]:
     first = case.program[0]
     dtype = np.dtype(first.params["embedding.weight"].dtype)
     wide = {name: array.astype(np.float64) for name, array in first.params.items()}
     longest = max(first.config.feedforward_size, first.config.hidden_size, first.config.vocab_size) + 8
     u = Arithmetic.of(dtype).u
     rng = np.random.default_rng(len(case.program))
-    exact = _run(case, wide)
+    exact = _run(case, wide, run_block)
     strayed = []
     for _ in range(SAMPLES):
         moved = {n: x * (1 + rng.choice([-1.0, 1.0], x.shape) * 2 * longest * u) for n, x in wide.items()}
-        strayed.append(_run(case, moved))
+        strayed.append(_run(case, moved, run_block))
     return [_taught(block, [sample[i] for sample in strayed], u, longest) for i, block in enumerate(exact)]
 
 
-_Block = tuple[float, float, dict[str, Array]]
-
-
-def _run(case: TrainingCase, params: dict[str, Array]) -> list[_Block]:
-    """Task loss, span loss and gradients of each block."""
+def _run(case: TrainingCase, params: dict[str, Array], run_block: Callable[..., tuple[_Block, Any]]) -> list[_Block]:
+    """What each block comes to."""
     memory, results = None, []
     for one in case.program:
-        (task, span), grads, memory = refspan.loss_and_gradients(
-            one.config,
-            params,
-            one.tokens,
-            one.targets,
-            memory,
-            span_loss_weight=one.span_loss_weight,
-            span_limit=one.span_limit,
-        )
-        results.append((task, span, grads))
+        options = {"span_loss_weight": one.span_loss_weight, "span_limit": one.span_limit}
+        block, memory = run_block(one, params, memory, **options)
+        results.append(block)
     return results
 
 
@@ -119,7 +140,7 @@ def _taught(exact: _Block, samples: list[_Block], u: float, longest: int) -> Tau
         return Expected(np.asarray(value), np.asarray(SAFETY * moved + longest * u * size))
 
     task, span, grads = exact
-    largest = TERMS * max(float(np.max(np.abs(grad), initial=0.0)) for grad in grads.values())
+    largest = TERMS * max((float(np.max(np.abs(grad), initial=0.0)) for grad in grads.values()), default=0.0)
     return Taught(
         task=expected(np.asarray(task), [np.asarray(s[0]) for s in samples], abs(task)),
         span=expected(np.asarray(span), [np.asarray(s[1]) for s in samples], abs(span)),

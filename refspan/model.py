@@ -165,17 +165,54 @@ def loss_and_gradients(
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or range; the message names it.
     """
+    span_loss_weight, span_limit = _as_numbers(span_loss_weight, span_limit)
+    xp, wide, log_probs, found, after, saved = _forward(
+        config, params, tokens, targets, memory, span_loss_weight, span_limit, dropout
+    )
+    grads = model_backward(
+        config,
+        wide,
+        cross_entropy_backward(xp, log_probs, targets),
+        saved,
+        span_loss_weight=span_loss_weight,
+        span_limit=span_limit,
+        dropout=dropout,
+    )
+    narrow = {name: xp.astype(grads[name], params[name].dtype, copy=False) for name in params}
+    return found, narrow, after
+
+
+def losses(
+    config: ModelConfig,
+    params: Mapping[str, Array],
+    tokens: Array,
+    targets: Array,
+    memory: Sequence[Memory] | None,
+    *,
+    span_loss_weight: float = 0.0,
+    span_limit: float | None = None,
+) -> tuple[Losses, Sequence[Memory]]:
+    """As `loss_and_gradients`, without gradients and dropout: how well a model does on text that it does not learn."""
+    span_loss_weight, span_limit = _as_numbers(span_loss_weight, span_limit)
+    _, _, _, found, after, _ = _forward(config, params, tokens, targets, memory, span_loss_weight, span_limit, None)
+    return found, after
+
+
+def _forward(
+    config: ModelConfig,
+    params: Mapping[str, Array],
+    tokens: Array,
+    targets: Array,
+    memory: Sequence[Memory] | None,
+    span_loss_weight: float,
+    span_limit: float | None,
+    dropout: Dropout | None,
+) -> tuple[Any, dict[str, Array], Array, Losses, Sequence[Memory], Any]:
+    """Array namespace, parameters as computed with, log-probabilities, losses, memories, what backward needs."""
     xp = check_parameters(config, params)
     table = params["embedding.weight"]
     check_tokens(config, table, "tokens", tokens, ("B", "M"))
     check_tokens(config, table, "targets", targets, tuple(tokens.shape))
-    span_loss_weight = check_number("span_loss_weight", span_loss_weight)
-    if not (isfinite(span_loss_weight) and span_loss_weight >= 0):
-        raise ValueError(f"span_loss_weight: got {span_loss_weight}, expected a finite number >= 0")
-    if span_limit is not None:
-        span_limit = check_number("span_limit", span_limit, "a number of steps")
-        if not span_limit >= 0:
-            raise ValueError(f"span_limit: got {span_limit}, expected a number of steps >= 0")
     if dropout is not None and not isinstance(dropout, Dropout):
         raise TypeError(f"dropout: got {dropout!r}, expected a Dropout")
     wide = widened(xp, params)
@@ -189,16 +226,19 @@ def loss_and_gradients(
         span_loss(xp, one.attention.span, one.age, queries=tokens.shape[1], ramp=config.ramp, weight=span_loss_weight)
         for one in saved.layers
     )
-    grads = model_backward(
-        config,
-        wide,
-        cross_entropy_backward(xp, log_probs, targets),
-        saved,
-        span_loss_weight=span_loss_weight,
-        **options,
-    )
-    narrow = {name: xp.astype(grads[name], params[name].dtype, copy=False) for name in params}
-    return Losses(task, span), narrow, after
+    return xp, wide, log_probs, Losses(task, span), after, saved
+
+
+def _as_numbers(span_loss_weight: float, span_limit: float | None) -> tuple[float, float | None]:
+    """These two as Python's numbers; raises if they are none, or out of range."""
+    span_loss_weight = check_number("span_loss_weight", span_loss_weight)
+    if not (isfinite(span_loss_weight) and span_loss_weight >= 0):
+        raise ValueError(f"span_loss_weight: got {span_loss_weight}, expected a finite number >= 0")
+    if span_limit is not None:
+        span_limit = check_number("span_limit", span_limit, "a number of steps")
+        if not span_limit >= 0:
+            raise ValueError(f"span_limit: got {span_limit}, expected a number of steps >= 0")
+    return span_loss_weight, span_limit
 
 
 def start_memory(config: ModelConfig, params: Mapping[str, Array], batch: int) -> list[Memory]:

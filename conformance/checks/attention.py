@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from refspan.conformance.cases import AttentionCase
 from refspan.conformance.registry import Probe, check
 from refspan.conformance.strategies import RAMPS, SIZES, TILE_SIZES, attention_cases, with_large_logits
-from refspan.conformance.tolerance import AttentionBounds, Expected
+from refspan.conformance.tolerance import Expected, attention_bounds
 
 Cases = Callable[[np.dtype], st.SearchStrategy[AttentionCase]]
 
@@ -29,14 +29,14 @@ NEEDS = ["span_attention"]
 def output(probe: Probe, case: AttentionCase) -> None:
     """The output is that of the reference."""
     (got,) = probe.attention(case)
-    probe.compare("output", got, AttentionBounds(case).expected_output())
+    probe.compare("output", got, attention_bounds(case).expected_output())
 
 
 @check("attention.position", clauses=["LOGIT"], needs=NEEDS, cases=some(position=True, contents=("normal",)))
 def position(probe: Probe, case: AttentionCase) -> None:
     """Position scores go by distance, 1 to P, wherever a memory stands; farther memories get none."""
     (got,) = probe.attention(case)
-    probe.compare("output", got, AttentionBounds(case).expected_output())
+    probe.compare("output", got, attention_bounds(case).expected_output())
 
 
 def _one_survivor(dtype: np.dtype) -> st.SearchStrategy[AttentionCase]:
@@ -102,7 +102,7 @@ def _faint(dtype: np.dtype) -> st.SearchStrategy[AttentionCase]:
 def faint(probe: Probe, case: AttentionCase) -> None:
     """A mask of 2^-23 counts for just that beside a full memory: there is no floor under it or its logarithm."""
     (got,) = probe.attention(case)
-    expected = AttentionBounds(case).output
+    expected = attention_bounds(case).output
     # All masks are exact, and two weights differ from 0: w / (1 + w) with w = m exp(gap), moved by w's relative error.
     gap, u = float(np.max(np.abs(case.key))) * np.sqrt(case.sizes[4]), float(np.finfo(got.dtype).eps)
     error = np.expm1(u * ((2 * case.sizes[4] + 16) * gap + 8))
@@ -120,19 +120,19 @@ def faint(probe: Probe, case: AttentionCase) -> None:
 def empty(probe: Probe, case: AttentionCase) -> None:
     """A query that sees no memory outputs 0: not NaN, and not the mean of all values."""
     (got,) = probe.attention(case)
-    probe.compare("output", got, AttentionBounds(case).expected_output())
+    probe.compare("output", got, attention_bounds(case).expected_output())
 
 
 @check("attention.large_logits", clauses=["WEIGHT"], needs=NEEDS, cases=some(contents=("large logits",)))
 def large_logits(probe: Probe, case: AttentionCase) -> None:
     """Logits of +-10000 neither overflow nor underflow, on the plateau or on the ramp."""
     (got,) = probe.attention(case)
-    probe.compare("output", got, AttentionBounds(case).expected_output())
+    probe.compare("output", got, attention_bounds(case).expected_output())
 
 
 def _dead(case: AttentionCase) -> np.ndarray:
     """[B, N], true where a memory is expired, beyond rounding, for every query of the block."""
-    return np.asarray(np.all(AttentionBounds(case).interval.high == 0, axis=1))
+    return np.asarray(np.all(attention_bounds(case).interval.high == 0, axis=1))
 
 
 @check(
@@ -149,7 +149,7 @@ def expired_logit(probe: Probe, case: AttentionCase) -> None:
     huge = with_large_logits(case.query, case.key, 1e30 if case.key.dtype != np.float16 else 1e4)
     case = replace(case, key=np.where(dead[:, None, :, None], huge, case.key))
     (got,) = probe.attention(case)
-    probe.compare("output", got, AttentionBounds(case).expected_output())
+    probe.compare("output", got, attention_bounds(case).expected_output())
 
 
 @check(
@@ -170,7 +170,7 @@ def expired_contents(probe: Probe, case: AttentionCase) -> None:
     )
     kept = ~np.all(_dead(case), axis=0)
     dropped = case.select(slots=kept)
-    bound = AttentionBounds(case).expected_output().bound
+    bound = attention_bounds(case).expected_output().bound
     first, second, third = probe.attention(case, other, dropped)
     probe.agree("output with other contents in expired memories", second, first, bound)
     probe.agree("output without expired memories", third, first, bound)
@@ -181,7 +181,7 @@ def weights(probe: Probe, case: AttentionCase) -> None:
     """Weights sum to one: values of ones give ones, wherever any memory is live."""
     case = replace(case, value=np.ones_like(case.value))
     (got,) = probe.attention(case)
-    interval = AttentionBounds(case).interval
+    interval = attention_bounds(case).interval
     alive = np.any(interval.low > 0, axis=-1)[:, None, :, None]  # [B, 1, M, 1]
     gone = np.all(interval.high == 0, axis=-1)[:, None, :, None]
     u = np.finfo(got.dtype).eps
@@ -194,7 +194,7 @@ def slot_order(probe: Probe, case: AttentionCase) -> None:
     """The order in which memories stand changes nothing."""
     order = np.random.default_rng(case.sizes[3]).permutation(case.sizes[3])
     first, second = probe.attention(case, case.select(slots=order))
-    probe.agree("output with memories in another order", second, first, AttentionBounds(case).expected_output().bound)
+    probe.agree("output with memories in another order", second, first, attention_bounds(case).expected_output().bound)
 
 
 @check("attention.batch_mates", clauses=["DROP"], needs=NEEDS, cases=some(sizes=SEVERAL_ROWS))
@@ -202,7 +202,7 @@ def batch_mates(probe: Probe, case: AttentionCase) -> None:
     """A row of a batch gets the same output alone as beside others, that have other spans, ages and contents."""
     (together,) = probe.attention(case)
     alone = [case.select(rows=slice(b, b + 1)) for b in range(case.sizes[0])]
-    bound = AttentionBounds(case).expected_output().bound
+    bound = attention_bounds(case).expected_output().bound
     probe.agree("output of a row alone", np.concatenate(probe.attention(*alone)), together, bound)
 
 
@@ -212,7 +212,7 @@ def block_split(probe: Probe, case: AttentionCase) -> None:
     (block,) = probe.attention(case)
     ones = [case.select(queries=slice(m, m + 1)) for m in range(case.sizes[2])]
     alone = np.concatenate(probe.attention(*ones), axis=2)
-    probe.agree("output of one query at a time", alone, block, AttentionBounds(case).expected_output().bound)
+    probe.agree("output of one query at a time", alone, block, attention_bounds(case).expected_output().bound)
 
 
 def _all_fading(dtype: np.dtype) -> st.SearchStrategy[AttentionCase]:
@@ -240,7 +240,7 @@ def mask_scale(probe: Probe, case: AttentionCase) -> None:
     # 1 + (e' - t) / 2R = (1 + (e - t) / R) / 2   with   e' = e - R
     halved = case.with_memories(span=memories.span - memories.ramp, ramp=2 * memories.ramp)
     first, second = probe.attention(case, halved)
-    probe.agree("output with every mask halved", second, first, AttentionBounds(case).expected_output().bound)
+    probe.agree("output with every mask halved", second, first, attention_bounds(case).expected_output().bound)
 
 
 @check(
@@ -252,7 +252,7 @@ def mask_scale(probe: Probe, case: AttentionCase) -> None:
 def wide(probe: Probe, case: AttentionCase) -> None:
     """Spans and ages up to 131072 keep single steps apart, whatever the dtype of query, key and value."""
     (got,) = probe.attention(case)
-    probe.compare("output", got, AttentionBounds(case).expected_output())
+    probe.compare("output", got, attention_bounds(case).expected_output())
 
 
 @check(
@@ -265,7 +265,7 @@ def wide(probe: Probe, case: AttentionCase) -> None:
 def tiles(probe: Probe, case: AttentionCase) -> None:
     """Sizes just beyond those of a kernel's tiles: several of them, and a last one that is not full."""
     (got,) = probe.attention(case)
-    probe.compare("output", got, AttentionBounds(case).expected_output())
+    probe.compare("output", got, attention_bounds(case).expected_output())
 
 
 @check("attention.repeated", clauses=["OUTPUT"], needs=NEEDS, cases=some())
@@ -276,4 +276,4 @@ def repeated(probe: Probe, case: AttentionCase) -> None:
     shorter = case.select(slots=slice(1, None))
     questions = [case, other, forgot, shorter, case]
     for question, got in zip(questions, probe.attention(*questions), strict=True):
-        probe.compare("output", got, AttentionBounds(question).expected_output())
+        probe.compare("output", got, attention_bounds(question).expected_output())

@@ -8,7 +8,7 @@ import numpy as np
 from refspan.conformance.cases import AttentionCase, Memories
 from refspan.conformance.protocol import Array
 from refspan.conformance.registry import Probe, check
-from refspan.conformance.tolerance import AttentionBounds, Expected
+from refspan.conformance.tolerance import Expected, attention_bounds
 
 RECORDED = ("small", "ramp16", "wide")
 EPSILON = 1e-7
@@ -43,12 +43,12 @@ def _register(name: str) -> None:
 
     def forward(probe: Probe, asked: AttentionCase) -> None:
         (got,) = probe.attention(asked)
-        expected = AttentionBounds(asked).expected_output()
+        expected = attention_bounds(asked).expected_output()
         probe.compare("output", got, _recorded(expected, recorded(name)["output"], asked.query.dtype))
 
     def backward(probe: Probe, asked: AttentionCase) -> None:
         (got,) = probe.gradients(asked)
-        for part, expected in AttentionBounds(asked).expected_gradients().items():
+        for part, expected in attention_bounds(asked).expected_gradients().items():
             result = recorded(name)[f"grad_{part}"]
             probe.compare(f"gradient of {part}", got[part], _recorded(expected, result, asked.query.dtype))
 

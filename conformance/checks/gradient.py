@@ -12,7 +12,7 @@ from refspan.conformance.checks.attention import SEVERAL_MEMORIES, SEVERAL_ROWS,
 from refspan.conformance.protocol import Array
 from refspan.conformance.registry import Probe, check
 from refspan.conformance.strategies import SIZES, TILE_SIZES, attention_cases
-from refspan.conformance.tolerance import AttentionBounds, Expected
+from refspan.conformance.tolerance import Expected, attention_bounds
 
 NEEDS = ["span_attention_backward"]
 
@@ -26,7 +26,7 @@ def _compare(probe: Probe, got: Mapping[str, Array], expected: Mapping[str, Expe
 def values(probe: Probe, case: AttentionCase) -> None:
     """All gradients are those of the reference."""
     (got,) = probe.gradients(case)
-    _compare(probe, got, AttentionBounds(case).expected_gradients())
+    _compare(probe, got, attention_bounds(case).expected_gradients())
 
 
 @check(
@@ -44,14 +44,14 @@ def values(probe: Probe, case: AttentionCase) -> None:
 def span(probe: Probe, case: AttentionCase) -> None:
     """A span learns from each query that finds its memory on the ramp: 1 / R of what the mask would, from all heads."""
     (got,) = probe.gradients(case)
-    probe.compare("gradient of span", got["span"], AttentionBounds(case).expected_gradients()["span"])
+    probe.compare("gradient of span", got["span"], attention_bounds(case).expected_gradients()["span"])
 
 
 @check("gradient.position", clauses=["GRAD", "LOGIT"], needs=NEEDS, cases=some(position=True, contents=("normal",)))
 def position(probe: Probe, case: AttentionCase) -> None:
     """Position embeddings learn from every batch row, head and query, by distance; and queries learn from them."""
     (got,) = probe.gradients(case)
-    _compare(probe, got, AttentionBounds(case).expected_gradients())
+    _compare(probe, got, attention_bounds(case).expected_gradients())
 
 
 @check(
@@ -63,14 +63,14 @@ def position(probe: Probe, case: AttentionCase) -> None:
 def empty(probe: Probe, case: AttentionCase) -> None:
     """A query that sees no memory passes no gradient."""
     (got,) = probe.gradients(case)
-    _compare(probe, got, AttentionBounds(case).expected_gradients())
+    _compare(probe, got, attention_bounds(case).expected_gradients())
 
 
 @check("gradient.large_logits", clauses=["GRAD", "WEIGHT"], needs=NEEDS, cases=some(contents=("large logits",)))
 def large_logits(probe: Probe, case: AttentionCase) -> None:
     """Logits of +-10000 leave all gradients finite and right."""
     (got,) = probe.gradients(case)
-    _compare(probe, got, AttentionBounds(case).expected_gradients())
+    _compare(probe, got, attention_bounds(case).expected_gradients())
 
 
 @check(
@@ -83,7 +83,7 @@ def large_logits(probe: Probe, case: AttentionCase) -> None:
 )
 def expired(probe: Probe, case: AttentionCase) -> None:
     """An expired memory gets no gradient, and what it contains changes no other."""
-    bounds = AttentionBounds(case)
+    bounds = attention_bounds(case)
     # at the very end of its ramp a memory is expired, but may learn what a moment less would have taught it
     dead = np.all((bounds.interval.high == 0) & ~bounds.interval.kink, axis=1)
     mask = dead[:, None, :, None]
@@ -111,7 +111,7 @@ def slot_order(probe: Probe, case: AttentionCase) -> None:
     """The order in which memories stand changes no gradient but its place."""
     order = np.random.default_rng(case.sizes[3]).permutation(case.sizes[3])
     first, second = probe.gradients(case, case.select(slots=order))
-    for name, want in AttentionBounds(case).expected_gradients().items():
+    for name, want in attention_bounds(case).expected_gradients().items():
         moved, bound = first[name], want.bound
         if name in ("key", "value", "span"):
             axis = 1 if name == "span" else 2
@@ -124,7 +124,7 @@ def batch_mates(probe: Probe, case: AttentionCase) -> None:
     """A row of a batch gets the same gradients alone as beside others; position gradients add up."""
     (together,) = probe.gradients(case)
     alone = probe.gradients(*[case.select(rows=slice(b, b + 1)) for b in range(case.sizes[0])])
-    for name, want in AttentionBounds(case).expected_gradients().items():
+    for name, want in attention_bounds(case).expected_gradients().items():
         parts = [part[name] for part in alone]
         whole = np.sum(np.stack(parts), axis=0, dtype=np.float64) if name == "position" else np.concatenate(parts)
         probe.agree(
@@ -137,7 +137,7 @@ def block_split(probe: Probe, case: AttentionCase) -> None:
     """Gradients of a block are the sums of those of its queries one by one."""
     (together,) = probe.gradients(case)
     alone = probe.gradients(*[case.select(queries=slice(m, m + 1)) for m in range(case.sizes[2])])
-    for name, want in AttentionBounds(case).expected_gradients().items():
+    for name, want in attention_bounds(case).expected_gradients().items():
         parts = [part[name] for part in alone]
         if name == "query":
             whole = np.concatenate(parts, axis=2)
@@ -187,7 +187,7 @@ def directional(probe: Probe, case: AttentionCase) -> None:
 
     got_up, got_down = probe.attention(up, down)
     (got,) = probe.gradients(case)
-    bounds, above, below = AttentionBounds(case), AttentionBounds(up), AttentionBounds(down)
+    bounds, above, below = attention_bounds(case), attention_bounds(up), attention_bounds(down)
     g = case.grad_out.astype(np.float64)
 
     def slope(gradients: Mapping[str, Array]) -> float:
@@ -220,7 +220,7 @@ def _moved(case: AttentionCase, values: Mapping[str, Array]) -> AttentionCase:
 def tiles(probe: Probe, case: AttentionCase) -> None:
     """Sizes just beyond those of a kernel's tiles: several of them, and a last one that is not full."""
     (got,) = probe.gradients(case)
-    _compare(probe, got, AttentionBounds(case).expected_gradients())
+    _compare(probe, got, attention_bounds(case).expected_gradients())
 
 
 @check("gradient.repeated", clauses=["GRAD"], needs=NEEDS, cases=some())
@@ -230,4 +230,4 @@ def repeated(probe: Probe, case: AttentionCase) -> None:
     shorter = case.select(slots=slice(1, None))
     questions = [case, other, shorter, case]
     for question, got in zip(questions, probe.gradients(*questions), strict=True):
-        _compare(probe, got, AttentionBounds(question).expected_gradients())
+        _compare(probe, got, attention_bounds(question).expected_gradients())

@@ -11,7 +11,7 @@ from refspan.conformance.model_cases import SPANS, ModelCase, models
 from refspan.conformance.programs import Initialise
 from refspan.conformance.registry import Probe, check
 from refspan.conformance.tolerance import Expected
-from refspan.conformance.training_cases import TrainingCase, blocks, expected_training, with_weight
+from refspan.conformance.training_cases import TrainingCase, blocks, expected_losses, expected_training, with_weight
 
 NEEDS = ["loss_and_gradients"]
 COST = 5
@@ -21,7 +21,7 @@ COST = 5
 def task_loss(probe: Probe, case: TrainingCase) -> None:
     """The task loss is the mean of -log p(target), block after block."""
     (answers,) = probe.programs(case.program)
-    for i, (answer, taught) in enumerate(zip(answers, expected_training(case), strict=True)):
+    for i, (answer, taught) in enumerate(zip(answers, expected_losses(case), strict=True)):
         probe.compare(f"task loss of block {i}", np.asarray(answer[0]), taught.task)
 
 
@@ -30,7 +30,7 @@ def task_loss(probe: Probe, case: TrainingCase) -> None:
 def span_loss(probe: Probe, case: TrainingCase) -> None:
     """The span loss charges spans, not remaining spans, on the ramp; it is never negative."""
     (answers,) = probe.programs(case.program)
-    for i, (answer, taught) in enumerate(zip(answers, expected_training(case), strict=True)):
+    for i, (answer, taught) in enumerate(zip(answers, expected_losses(case), strict=True)):
         if answer[1] < 0:
             raise Misbehaviour(f"span loss of block {i} is {answer[1]:.9g}, expected a number >= 0")
         probe.compare(f"span loss of block {i}", np.asarray(answer[1]), taught.span)
@@ -59,7 +59,7 @@ def shortening(probe: Probe, case: TrainingCase) -> None:
     program = (*case.program[:last], replace(case.program[last], span_limit=None))
     case = replace(case, program=program)
     (answers,) = probe.programs(case.program)
-    for i, (answer, taught) in enumerate(zip(answers, expected_training(case), strict=True)):
+    for i, (answer, taught) in enumerate(zip(answers, expected_losses(case), strict=True)):
         probe.compare(f"task loss of block {i}", np.asarray(answer[0]), taught.task)
         probe.compare(f"span loss of block {i}", np.asarray(answer[1]), taught.span)
 

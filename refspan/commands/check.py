@@ -33,6 +33,8 @@ from refspan.interrupt import note_interrupts
     help="Seconds that one answer may take.",
 )
 @click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="FILE", help="Write the report to FILE.")
+@click.option("--self-test", is_flag=True, help="Hold the checks themselves against backends known to be wrong.")
+@click.option("--mutant", "mutants", multiple=True, metavar="NAME", help="With --self-test: only this one; repeatable.")
 @click.option("--list", "only_list", is_flag=True, help="List the checks and what they check, and run none.")
 @click.pass_context
 def command(
@@ -49,11 +51,21 @@ def command(
     timeout: float,
     json_path: Path | None,
     only_list: bool,
+    self_test: bool,
+    mutants: tuple[str, ...],
 ) -> int:
     """Hold a backend against the specification.
 
     Exit status: 0 the backend conforms, 1 it does not, 2 it could not be asked.
     """
+    if self_test:
+        if backend_name is not None:
+            raise click.UsageError("--self-test tries the checks, not a backend: leave --backend out.", ctx)
+        from refspan.commands.self_test import run_self_test
+
+        return run_self_test(levels, ids, mutants, dtype=dtype, seed=seed, examples=examples, json_path=json_path)
+    if mutants:
+        raise click.UsageError("--mutant goes with --self-test.", ctx)
     from refspan.conformance.loading import load_backend
     from refspan.conformance.report import Report
     from refspan.conformance.runner import DTYPES, facts_of_run, run, select

@@ -1,0 +1,37 @@
+"""Wrong backends, on which the suite is tried: `refspan check --self-test`.
+
+from refspan.conformance.mutants import MUTANTS, RIGHT
+
+Each is a small, documented change of a right one: `Dense`, an attention step on full arrays; `Plain`, a model that
+reads one token at a time; or the reference itself, of which a line of source is changed (`edits`) or a function
+replaced (`training`). The right ones are there too: the suite must accept them.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from refspan.conformance.backends.reference import NumpyBackend
+from refspan.conformance.mutants import (  # noqa: F401 - each puts its own on the list
+    behaviour,
+    gradients,
+    mask,
+    memory,
+    models,
+    streams,
+    training,
+    weights,
+)
+from refspan.conformance.mutants.dense import ClipsNegativeSpans, Dense, LearnsAtTheKinks
+from refspan.conformance.mutants.plain import Plain
+from refspan.conformance.mutants.registry import MUTANTS, Mutant
+
+__all__ = ["MUTANTS", "RIGHT", "Mutant"]
+
+RIGHT: dict[str, Callable[[], Any]] = {
+    "numpy": NumpyBackend,
+    "Dense": Dense,
+    "ClipsNegativeSpans": ClipsNegativeSpans,
+    "LearnsAtTheKinks": LearnsAtTheKinks,
+    "Plain": Plain,
+}
+"""Right backends by name."""
