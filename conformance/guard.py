@@ -54,6 +54,8 @@ def guarded_call(
         try:
             positional = [value for name, value in handed.items() if name not in KEYWORDS]
             result = function(*positional, **{name: value for name, value in handed.items() if name in KEYWORDS})
+        except (Misbehaviour, NotOffered):  # of a backend that is a session with another program
+            raise
         except MemoryError:
             raise Misbehaviour(f"{operation} ran out of memory") from None
         except BaseException as error:  # noqa: BLE001 - whatever it is, the backend did it

@@ -4,12 +4,16 @@ import importlib
 import importlib.util
 import inspect
 import sys
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from refspan.conformance.protocol import OPERATIONS, Backend
+from refspan.conformance.protocol import OPERATIONS, TIMEOUT, Backend
 from refspan.errors import SetupError
+
+if TYPE_CHECKING:
+    from refspan.conformance.sessions import Session
 
 BUILT_IN = {
     "numpy": "refspan.conformance.backends.reference:NumpyBackend",
@@ -19,6 +23,7 @@ BUILT_IN = {
 """Name -> where it is."""
 
 ENTRY_POINTS = "refspan.backends"
+EXEC = "exec:"
 
 
 def load_backend(text: str, **options: Any) -> Backend:
@@ -26,13 +31,15 @@ def load_backend(text: str, **options: Any) -> Backend:
 
     Args:
         text: `numpy`, `cupy`, `onnxruntime`, a name registered under the entry-point group `refspan.backends`,
-            `package.module:attribute` or `path/to/file.py:attribute`. The attribute is a class, a factory or an
-            instance.
+            `package.module:attribute` or `path/to/file.py:attribute`, or `exec:COMMAND` (docs/protocol.md). The
+            attribute is a class, a factory or an instance.
         options: handed to the class or factory, None meaning that its own default holds (`device="cuda"`, ..).
 
     Raises:
         SetupError: there is no such backend, it cannot be imported, or it does not know one of the options.
     """
+    if text.startswith(EXEC):
+        return _command(text, options)
     found = _find(text)
     given = {name: value for name, value in options.items() if value is not None}
     if inspect.isclass(found) or inspect.isfunction(found):
@@ -48,6 +55,31 @@ def load_backend(text: str, **options: Any) -> Backend:
     if not any(getattr(found, operation, None) is not None for operation in OPERATIONS):
         raise SetupError(f"backend {text!r} offers no operation; expected one of {', '.join(OPERATIONS)}")
     return found  # type: ignore[no-any-return]
+
+
+def _command(text: str, options: dict[str, Any]) -> Backend:
+    from refspan.conformance.external.backend import CommandBackend
+
+    unknown = [name for name, value in options.items() if value is not None]
+    if unknown:
+        raise SetupError(f"backend {text!r} has no option --{unknown[0]}; make it part of the command")
+    backend: Any = CommandBackend(text.removeprefix(EXEC), TIMEOUT)
+    made: Backend = backend
+    return made
+
+
+def session_of(text: str, *, timeout: float, **options: Any) -> "Session":
+    """The backend that `text` names in a process of its own, that is started anew when it hangs or dies.
+
+    Raises:
+        SetupError: as `load_backend`.
+    """
+    from refspan.conformance.external.backend import CommandSession
+    from refspan.conformance.sessions import Worker
+
+    if text.startswith(EXEC) and not any(value is not None for value in options.values()):
+        return CommandSession(text.removeprefix(EXEC), timeout=timeout)
+    return Worker(partial(load_backend, text, **options), timeout=timeout)
 
 
 def _made(factory: Any, options: dict[str, Any], text: str) -> Any:
@@ -70,7 +102,8 @@ def _find(text: str) -> Any:
     if ":" not in text:
         names = ", ".join([*BUILT_IN, *sorted(registered)])
         raise SetupError(
-            f"unknown backend {text!r}; expected one of {names}, package.module:attribute or path/to/file.py:attribute"
+            f"unknown backend {text!r}; expected one of {names}, package.module:attribute, path/to/file.py:attribute "
+            "or exec:COMMAND"
         )
     return _attribute(text, text)
 

@@ -262,6 +262,8 @@ class _Runner:
             raise NotOffered(name)
         try:
             return function(*arguments, **options)
+        except (Misbehaviour, NotOffered):  # of a backend that is a session with another program
+            raise
         except MemoryError:
             raise Misbehaviour(f"{what} ran out of memory") from None
         except BaseException as error:  # noqa: BLE001 - whatever it is, the backend did it

@@ -16,6 +16,8 @@ class NumpyBackend:
     """The reference on NumPy, in the dtype of its arguments."""
 
     name = "numpy"
+    package: Any = refspan
+    """What computes: the reference, or a changed copy of it."""
 
     def facts(self) -> dict[str, str]:
         """Versions and device."""
@@ -31,7 +33,9 @@ class NumpyBackend:
 
     def soft_mask(self, span: Array, age: Array, *, queries: int, ramp: float) -> Array:
         """As in the protocol."""
-        return self.to_numpy(refspan.soft_mask(self.to_device(span), self.to_device(age), queries=queries, ramp=ramp))
+        return self.to_numpy(
+            self.package.soft_mask(self.to_device(span), self.to_device(age), queries=queries, ramp=ramp)
+        )
 
     def span_attention(
         self,
@@ -64,7 +68,7 @@ class NumpyBackend:
         """As in the protocol."""
         with np.errstate(all="ignore"):
             _, saved = self._forward(query, key, value, span, age, ramp=ramp, position=position)
-            gradients = refspan.span_attention_backward(self.to_device(grad_out), saved)
+            gradients = self.package.span_attention_backward(self.to_device(grad_out), saved)
         return {name: self.to_numpy(grad) for name, grad in gradients._asdict().items() if grad is not None}
 
     def open_model(
@@ -77,7 +81,7 @@ class NumpyBackend:
     ) -> "_Stream":
         """As in the protocol."""
         given = memory and [(self.to_device(hidden), self.to_device(age)) for hidden, age in memory]
-        stream = refspan.open_model(
+        stream = self.package.open_model(
             config, {name: self.to_device(x) for name, x in params.items()}, batch=batch, memory=given
         )
         return _Stream(self, stream)
@@ -95,7 +99,7 @@ class NumpyBackend:
     ) -> tuple[tuple[float, float], dict[str, Array], Sequence[refspan.Memory]]:
         """As in the protocol."""
         with np.errstate(all="ignore"):
-            losses, grads, memory = refspan.loss_and_gradients(
+            losses, grads, memory = self.package.loss_and_gradients(
                 config,
                 {name: self.to_device(x) for name, x in params.items()},
                 self.to_device(tokens),
@@ -108,11 +112,12 @@ class NumpyBackend:
 
     def initial_parameters(self, config: ModelConfig, seed: int) -> dict[str, Array]:
         """As in the protocol."""
-        return refspan.initial_parameters(config, seed)
+        params: dict[str, Array] = self.package.initial_parameters(config, seed)
+        return params
 
     def _forward(self, *arrays: Array, ramp: float, position: Array | None) -> Any:
         query, key, value, span, age = (self.to_device(array) for array in arrays)
-        return refspan.span_attention(query, key, value, span, age, ramp=ramp, position=self.to_device(position))
+        return self.package.span_attention(query, key, value, span, age, ramp=ramp, position=self.to_device(position))
 
 
 class _Stream:

@@ -1,7 +1,6 @@
 """`refspan check`: hold a backend against the specification."""
 
 import shlex
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from refspan.interrupt import note_interrupts
 
 @click.command("check")
 @click.option("--backend", "backend_name", metavar="NAME", help="numpy, cupy, onnxruntime, an entry point, "
-              "package.module:attribute or path/to/file.py:attribute.")  # fmt: skip
+              "package.module:attribute, path/to/file.py:attribute or exec:COMMAND.")  # fmt: skip
 @click.option("--device", metavar="cpu|cuda", help="Device, for a backend that has a choice.")
 @click.option("--form", metavar="fused|portable", help="Form of the ONNX graph, for the onnxruntime backend.")
 @click.option(
@@ -66,10 +65,9 @@ def command(
         return run_self_test(levels, ids, mutants, dtype=dtype, seed=seed, examples=examples, json_path=json_path)
     if mutants:
         raise click.UsageError("--mutant goes with --self-test.", ctx)
-    from refspan.conformance.loading import load_backend
+    from refspan.conformance.loading import session_of
     from refspan.conformance.report import Report
     from refspan.conformance.runner import DTYPES, facts_of_run, run, select
-    from refspan.conformance.sessions import Worker
 
     checks = select(levels, ids)
     if only_list:
@@ -83,7 +81,7 @@ def command(
     if json_path is not None:
         check_writable(json_path)
 
-    session = Worker(partial(load_backend, backend_name, device=device, form=form), timeout=timeout)
+    session = session_of(backend_name, timeout=timeout, device=device, form=form)
     if session.dtypes and dtype not in session.dtypes:
         session.close()
         raise SetupError(f"backend {backend_name!r} does not take dtype {dtype}; it takes {', '.join(session.dtypes)}")

@@ -1,0 +1,255 @@
+"""A command as a backend, and a session that starts it anew when it has died."""
+
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from refspan.config import ModelConfig
+from refspan.conformance.external.child import Child
+from refspan.conformance.external.wire import VERSION, answer, message
+from refspan.conformance.guard import Misbehaviour, NotOffered, Shapes, guarded_call, one_line
+from refspan.conformance.programs import Program, run_program
+from refspan.conformance.protocol import OPERATIONS, Array
+from refspan.conformance.sessions import Hung
+from refspan.errors import SetupError
+
+START_SECONDS = 120.0
+
+
+class CommandBackend:
+    """What a command says that it offers; each operation is a request to it.
+
+    Args:
+        command: with arguments, as a shell would split it.
+        timeout: seconds for one answer.
+
+    Raises:
+        SetupError: it cannot be started, or does not speak the protocol.
+    """
+
+    def __init__(self, command: str, timeout: float) -> None:
+        self._timeout = timeout
+        self._forget: list[str] = []
+        """Names of streams and states that nobody will ask for again."""
+        self._made = 0
+        self._asked = 0
+        self._child = Child(command)
+        try:
+            self._child.begin("start", START_SECONDS)
+            self._child.write(message({"cmd": "start", "version": VERSION}, {}))
+            said, _ = answer(self._child)
+            self._understand(said)
+        except Hung as error:
+            self.close()
+            raise SetupError(f"exec:{command}: {error}") from None
+        except SetupError as error:
+            self.close()
+            raise SetupError(f"exec:{command}: {error}") from None
+
+    def _understand(self, said: Mapping[str, Any]) -> None:
+        if said.get("version") != VERSION:
+            got = one_line(repr(said.get("version")))
+            raise SetupError(f"its answer to `start` has version {got}; this refspan speaks version {VERSION}")
+        offered = said.get("operations")
+        if not isinstance(offered, list) or not set(map(str, offered)) & set(OPERATIONS):
+            raise SetupError(f"it offers {one_line(repr(offered))}; expected a list of some of {', '.join(OPERATIONS)}")
+        self.name = one_line(said.get("name", "command"))
+        facts, dtypes = said.get("facts", {}), said.get("dtypes", [])
+        self._facts = facts if isinstance(facts, dict) else {}
+        self.dtypes = tuple(map(str, dtypes)) if isinstance(dtypes, list) else ()
+        for operation in OPERATIONS:
+            if operation not in offered:
+                setattr(self, operation, None)
+
+    def facts(self) -> dict[str, str]:
+        """What the command says about itself."""
+        return {str(name): str(value) for name, value in self._facts.items()}
+
+    def soft_mask(self, span: Array, age: Array, *, queries: int, ramp: float) -> Any:
+        """As in the protocol."""
+        asked = {"operation": "soft_mask", "queries": queries, "ramp": ramp}
+        return self.ask(asked, {"span": span, "age": age})[1].get("mask")
+
+    def span_attention(self, *arrays: Array, ramp: float, position: Array | None = None) -> Any:
+        """As in the protocol."""
+        return self.ask(*_step("span_attention", arrays, ramp, position))[1].get("output")
+
+    def span_attention_backward(
+        self, grad_out: Array, *arrays: Array, ramp: float, position: Array | None = None
+    ) -> dict[str, Array]:
+        """As in the protocol."""
+        header, tensors = _step("span_attention_backward", arrays, ramp, position)
+        return self.ask(header, {"grad_out": grad_out, **tensors})[1]
+
+    def open_model(
+        self,
+        config: ModelConfig,
+        params: Mapping[str, Array],
+        *,
+        batch: int,
+        memory: Sequence[tuple[Array, Array]] | None = None,
+    ) -> "_Stream":
+        """As in the protocol."""
+        stream = _Stream(self, self.new_name("stream"))
+        tensors = {f"params.{name}": array for name, array in params.items()}
+        for i, (hidden, age) in enumerate(memory or ()):
+            tensors |= {f"memory.{i}.hidden": hidden, f"memory.{i}.age": age}
+        asked = {"operation": "open_model", "stream": stream.name, "config": asdict(config), "batch": batch}
+        self.ask({**asked, "memory": memory is not None}, tensors)
+        return stream
+
+    def loss_and_gradients(
+        self,
+        config: ModelConfig,
+        params: Mapping[str, Array],
+        tokens: Array,
+        targets: Array,
+        memory: "_Kept | None",
+        *,
+        span_loss_weight: float = 0.0,
+        span_limit: float | None = None,
+    ) -> tuple[Any, dict[str, Array], "_Kept"]:
+        """As in the protocol."""
+        kept = _Kept(self, self.new_name("memory"))
+        asked = {"operation": "loss_and_gradients", "config": asdict(config), "span_loss_weight": span_loss_weight}
+        asked |= {"span_limit": span_limit, "memory": memory and memory.name, "keep": kept.name}
+        tensors = {"tokens": tokens, "targets": targets} | {f"params.{name}": x for name, x in params.items()}
+        _, got = self.ask(asked, tensors)
+        grads = {n.removeprefix("grads."): x for n, x in got.items() if n.startswith("grads.")}
+        return got.get("losses"), grads, kept
+
+    def initial_parameters(self, config: ModelConfig, seed: int) -> dict[str, Array]:
+        """As in the protocol."""
+        _, got = self.ask({"operation": "initial_parameters", "config": asdict(config), "seed": seed}, {})
+        return {name.removeprefix("params."): array for name, array in got.items()}
+
+    def ask(self, header: Mapping[str, Any], tensors: Mapping[str, Array]) -> tuple[dict[str, Any], dict[str, Array]]:
+        """A request and its answer.
+
+        Raises:
+            Misbehaviour: the command says that it failed.
+            NotOffered: it says that it lacks the operation.
+            Hung: it does not answer, or not in a way that one could understand; it has to be started anew.
+        """
+        self._asked += 1
+        operation = str(header["operation"])
+        forget, self._forget = self._forget, []
+        asked = {"cmd": "run", "seq": self._asked, **header, "forget": forget}
+        self._child.begin(operation, self._timeout)
+        self._child.write(message(asked, tensors))
+        said, got = answer(self._child)
+        if said.get("seq") != self._asked:
+            raise Hung(f"{operation}: the answer has seq {one_line(repr(said.get('seq')))}, expected {self._asked}")
+        if said.get("not_offered"):
+            raise NotOffered(operation)
+        if "error" in said:
+            raise Misbehaviour(f"{operation} failed: {one_line(said['error'])}")
+        return said, got
+
+    def new_name(self, kind: str) -> str:
+        """For something that the command is to keep until it is told that nobody needs it."""
+        self._made += 1
+        return f"{kind}{self._made}"
+
+    def forget(self, name: str) -> None:
+        """Tell the command, with the next request, that nobody needs this any more."""
+        self._forget.append(name)
+
+    def close(self) -> None:
+        """End the command."""
+        self._child.close()
+
+
+def _step(
+    operation: str, arrays: Sequence[Array], ramp: float, position: Array | None
+) -> tuple[dict[str, Any], dict[str, Array]]:
+    """Header and tensors of an attention step."""
+    tensors = dict(zip(("query", "key", "value", "span", "age"), arrays, strict=True))
+    return {"operation": operation, "ramp": ramp}, tensors | ({} if position is None else {"position": position})
+
+
+class _Kept:
+    """Something that the command keeps under a name; it is told when we do not need it any more."""
+
+    def __init__(self, backend: CommandBackend, name: str) -> None:
+        self.name = name
+        self._backend = backend
+        weakref.finalize(self, backend.forget, name)
+
+
+class _Stream(_Kept):
+    """A stream that the command keeps."""
+
+    def step(self, tokens: Array) -> Any:
+        """As in the protocol."""
+        return self._ask("step", {"tokens": tokens})[1].get("log_probs")
+
+    def reset(self, row: int) -> None:
+        """As in the protocol."""
+        self._ask("reset", row=row)
+
+    def memory_size(self) -> Any:
+        """As in the protocol."""
+        return self._ask("memory_size")[0].get("value")
+
+    def rows_projected(self) -> Any:
+        """As in the protocol."""
+        return self._ask("rows_projected")[0].get("value")
+
+    def state(self) -> _Kept:
+        """As in the protocol."""
+        kept = _Kept(self._backend, self._backend.new_name("state"))
+        self._ask("state", state=kept.name)
+        return kept
+
+    def restore(self, state: _Kept) -> None:
+        """As in the protocol."""
+        self._ask("restore", state=state.name)
+
+    def _ask(
+        self, operation: str, tensors: Mapping[str, Array] | None = None, **options: Any
+    ) -> tuple[dict[str, Any], dict[str, Array]]:
+        return self._backend.ask({"operation": operation, "stream": self.name, **options}, tensors or {})
+
+
+class CommandSession:
+    """A `Session` with a command, which is started anew after it has died or lost the thread."""
+
+    def __init__(self, command: str, *, timeout: float) -> None:
+        self._start = partial(CommandBackend, command, timeout)
+        self._gone = ""
+        self._backend = self._start()
+        self.facts: Mapping[str, str] = {"backend": self._backend.name, "command": one_line(command)}
+        self.facts = {**self.facts, **{one_line(n): one_line(x) for n, x in self._backend.facts().items()}}
+        self.dtypes: Sequence[str] = self._backend.dtypes
+
+    def call(self, operation: str, calls: Sequence[Mapping[str, Any]], shapes: Sequence[Shapes]) -> list[Any]:
+        """As `Session.call`."""
+        return self._ask(partial(guarded_call, operation=operation, calls=calls, shapes=shapes))
+
+    def run_program(self, program: Program) -> list[Any]:
+        """As `Session.run_program`."""
+        return self._ask(partial(run_program, program=program))
+
+    def close(self) -> None:
+        """End the command."""
+        self._backend.close()
+
+    def _ask(self, question: Any) -> list[Any]:
+        if self._gone:
+            raise Hung(self._gone)
+        try:
+            with np.errstate(all="ignore"):
+                answers: list[Any] = question(self._backend)
+        except Hung:
+            self.close()
+            try:
+                self._backend = self._start()
+            except SetupError as error:
+                self._gone = f"the command could not be started again: {error}"
+            raise
+        return answers

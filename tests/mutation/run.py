@@ -1,0 +1,227 @@
+"""Mutate the reference's source automatically, and see which mutants the conformance suite lets pass.
+
+    pip install cosmic-ray
+    python tests/mutation/run.py [MODULE ..] [--json FILE]
+
+cosmic-ray makes the mutants: it replaces operators, comparisons, numbers, booleans. Left out are changes to argument
+checks, which conformance does not ask about, and to annotations. Survivors are compared with `survivors.toml`, where
+each is explained: the exit status is 1 if one is not, or if an entry there is not a survivor any more.
+"""
+
+import ast
+import contextlib
+import json
+import multiprocessing
+import os
+import select as io
+import signal
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import click
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+MODULES = [
+    "mask", "visibility", "row", "tile", "tiles", "position", "attention",
+    "span", "shorten", "span_loss", "layer_norm", "linear", "feedforward", "embedding", "cross_entropy",
+    "memory", "stream", "layer", "model",
+]  # fmt: skip
+OPERATORS = [
+    *(f"ReplaceBinaryOperator_{pair}" for pair in (
+        "Add_Sub", "Sub_Add", "Mul_Div", "Div_Mul", "FloorDiv_Mul", "Mod_Add", "Pow_Mul", "BitOr_BitAnd",
+        "BitAnd_BitOr",
+    )),
+    *(f"ReplaceComparisonOperator_{pair}" for pair in (
+        "Eq_NotEq", "NotEq_Eq", "Lt_LtE", "LtE_Lt", "Gt_GtE", "GtE_Gt", "Lt_Gt", "Gt_Lt", "LtE_GtE", "GtE_LtE",
+        "Is_IsNot", "IsNot_Is",
+    )),
+    "ReplaceUnaryOperator_Delete_USub", "ReplaceUnaryOperator_Delete_Invert", "ReplaceUnaryOperator_Delete_Not",
+    "ReplaceAndWithOr", "ReplaceOrWithAnd", "ReplaceTrueWithFalse", "ReplaceFalseWithTrue", "NumberReplacer",
+    "ReplaceContinueWithBreak", "ZeroIterationForLoop",
+]  # fmt: skip
+PATIENCE = 240.0
+"""Seconds for one mutant."""
+
+
+def mutants_of(module):
+    """(line before, line after, source) of each mutant of a module."""
+    from cosmic_ray.mutating import MutationVisitor
+    from cosmic_ray.plugins import get_operator
+
+    from refspan.conformance.mutants.edited import source_of
+
+    source = source_of(f"refspan.{module}")
+    seen = {what_runs(source)}
+    for name in OPERATORS:
+        operator = get_operator(f"core/{name}")()
+        for occurrence in range(10**6):
+            changed = MutationVisitor.mutate_code(source, operator, occurrence)
+            if changed is None:
+                break
+            if (runs := what_runs(changed)) not in seen:
+                seen.add(runs)
+                pairs = zip(source.splitlines(), changed.splitlines(), strict=True)
+                number, (before, after) = next((i, pair) for i, pair in enumerate(pairs, 1) if pair[0] != pair[1])
+                yield number, before.strip(), after.strip(), changed
+
+
+def what_runs(source):
+    """The source without what does not compute: documentation, annotations, argument checks."""
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        return None  # all of them alike, so that none is tried
+
+    class Strip(ast.NodeTransformer):
+        def visit_If(self, node):
+            self.generic_visit(node)
+            return ast.Pass() if all(isinstance(one, ast.Raise | ast.Pass) for one in node.body) else node
+
+        def visit_Raise(self, node):
+            return ast.Pass()
+
+        def visit_AnnAssign(self, node):
+            self.generic_visit(node)
+            node.annotation = ast.Constant(None)
+            return node
+
+        def visit_FunctionDef(self, node):
+            self.generic_visit(node)
+            node.returns = None
+            names = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]  # how they are passed: no matter
+            node.args = ast.arguments([], names, None, [], [], None, [])
+            return ast.Pass() if node.name.startswith(("check_", "_check", "_as_numbers")) else node
+
+        def visit_arg(self, node):
+            node.annotation = None
+            return node
+
+        def visit_Call(self, node):
+            self.generic_visit(node)
+            name = getattr(node.func, "id", "")
+            return ast.Constant(name) if name.startswith("check_") else node
+
+    return ast.dump(Strip().visit(tree))
+
+
+def all_cases():
+    """(check, its cases) of every check, those that kill most and cost least first."""
+    from refspan.conformance.runner import drawn, select
+
+    cheap = ("gradient.values", "attention.position", "training.gradients", "memory.state_machine", "model.pre_norm")
+    checks = sorted(select(), key=lambda check: (check.id not in cheap, check.cost, check.id))
+    return [(check, drawn(check, np.dtype(np.float32), 0, 100)) for check in checks]
+
+
+def killer_of(backend, asked):
+    """The check that rejects a backend and what it says, or None."""
+    from refspan.conformance.guard import Misbehaviour
+    from refspan.conformance.registry import Probe
+    from refspan.conformance.sessions import InProcess
+
+    session = InProcess(backend, timeout=20)
+    for check, cases in asked:
+        probe = Probe(session)
+        for case in cases:
+            try:
+                check.body(probe, case)
+            except Misbehaviour as error:
+                return check.id, str(error)[:200]
+    return None
+
+
+def apart(function, patience):
+    """What `function` returns in a process of its own, which has a copy of our memory; a reason if it does not."""
+    readable, writable = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(readable)
+        with contextlib.suppress(BaseException):
+            os.write(writable, json.dumps(function()).encode())
+        os._exit(0)
+    os.close(writable)
+    ready, _, _ = io.select([readable], [], [], patience)
+    said = os.read(readable, 65536) if ready else b""
+    os.close(readable)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    if said:
+        return json.loads(said)
+    return ["nothing", "it crashed" if ready else f"it did not end within {patience:g} s"]
+
+
+def work(tasks, results):
+    """In a process: try mutants until there are no more."""
+    from refspan.conformance.memo import remembering
+    from refspan.conformance.mutants import RIGHT
+    from refspan.conformance.mutants.edited import Edited
+
+    np.seterr(all="ignore")
+    import warnings
+
+    warnings.simplefilter("ignore")
+    asked = all_cases()
+    with remembering():
+        assert killer_of(RIGHT["numpy"](), asked) is None
+        while (task := tasks.get()) is not None:
+            module, number, before, after, source = task
+            start = time.perf_counter()
+
+            def attempt(module=module, source=source):
+                try:
+                    backend = Edited(f"refspan.{module}", source)
+                except Exception as error:  # noqa: BLE001
+                    return "import", str(error)[:200]
+                return killer_of(backend, asked)
+
+            results.put((module, number, before, after, apart(attempt, PATIENCE), time.perf_counter() - start))
+    results.put(None)
+
+
+@click.command()
+@click.argument("modules", nargs=-1, type=click.Choice(MODULES))
+@click.option("--json", "path", type=click.Path(path_type=Path), help="Write all mutants and what became of them.")
+@click.option("--processes", default=os.cpu_count(), show_default=True)
+def main(modules, path, processes):
+    """Mutate the reference, and try the conformance suite on the mutants."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    context = multiprocessing.get_context("spawn")
+    tasks, results = context.Queue(), context.Queue()
+    count = 0
+    for module in modules or MODULES:
+        for number, before, after, source in mutants_of(module):
+            tasks.put((module, number, before, after, source))
+            count += 1
+    for _ in range(processes):
+        tasks.put(None)
+        context.Process(target=work, args=(tasks, results)).start()
+    print(f"{count} mutants", flush=True)
+    found, ended = [], 0
+    while ended < processes:
+        one = results.get()
+        if one is None:
+            ended += 1
+            continue
+        module, number, before, after, killer, seconds = one
+        entry = {"module": module, "line": number, "before": before, "after": after, "killer": killer}
+        found.append(entry | {"seconds": round(seconds, 1)})
+        if killer is None:
+            print(f"{len(found)}: {module}.py:{number} survives\n   {before}\n   {after}", flush=True)
+        if path:
+            path.write_text(json.dumps(found, indent=1) + "\n")
+    known = tomllib.loads((HERE / "survivors.toml").read_text())["survivor"]
+    names = {(one["module"], one["before"], one["after"]) for one in known if one["module"] in (modules or MODULES)}
+    alive = {(one["module"], one["before"], one["after"]) for one in found if one["killer"] is None}
+    for one in sorted(alive - names):
+        print("not explained:", *one, sep="\n   ")
+    for one in sorted(names - alive):
+        print("explained, and no survivor:", *one, sep="\n   ")
+    print(f"{len(found)} mutants, {len(found) - len(alive)} rejected, {len(alive)} survive")
+    sys.exit(alive != names)
+
+
+if __name__ == "__main__":
+    main()
