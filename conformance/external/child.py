@@ -64,10 +64,10 @@ class Child:
         self._deadline, self._what, self._seconds = time.monotonic() + seconds, what, seconds
 
     def write(self, data: bytes) -> None:
-        """Hand over all of `data`.
+        """Hand over `data`, or as much as it reads before it ends: that shows when it is asked what it has to say.
 
         Raises:
-            Hung: the command does not read it in time, or has ended.
+            Hung: the command does not read it in time.
         """
         view = memoryview(data)
         while view:
@@ -77,7 +77,7 @@ class Child:
             except BlockingIOError:
                 continue
             except BrokenPipeError:
-                raise Hung(self._ended()) from None
+                return
 
     def line(self) -> bytes:
         """The next line of its stdout, without the line break; raises Hung."""

@@ -1,0 +1,266 @@
+"""exec:COMMAND: right commands pass, broken ones fail their checks and nothing else."""
+
+import shutil
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from refspan.conformance import check_backend, load_backend
+from refspan.conformance.external.backend import CommandSession
+from refspan.conformance.loading import session_of
+from refspan.conformance.registry import CHECKS
+from refspan.conformance.report import Report
+from refspan.conformance.runner import run, select
+from refspan.errors import SetupError
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "conformance" / "examples"
+PYTHON = sys.executable
+OK = '{"version": 1, "name": "x", "operations": ["soft_mask"], "tensors": []}'
+
+
+def report_of(command, *, levels=("mask",), timeout=5.0, examples=10):
+    session = session_of(f"exec:{command}", timeout=timeout)
+    report = Report(session.facts)
+    try:
+        for _ in run(session, select(levels), report, examples=examples):
+            pass
+    finally:
+        session.close()
+    return report
+
+
+def script(tmp_path, body):
+    """A command that answers `start` as it should, and then does as `body` says to each request."""
+    path = tmp_path / "backend.py"
+    path.write_text(
+        "import json, os, sys, time\n"
+        "sys.stdin.readline()\n"
+        f"print('{OK}', flush=True)\n"
+        "def request():\n"
+        "    line = sys.stdin.buffer.readline()\n"
+        "    return json.loads(line)['seq'] if line else sys.exit()\n" + textwrap.dedent(body)
+    )
+    return f"{PYTHON} {path}"
+
+
+def messages(report):
+    return [result.failure.message for result in report.results if result.failure]
+
+
+def test_every_level_over_the_wire():
+    report = report_of(f"{PYTHON} -m refspan.conformance.external.serve numpy", levels=(), timeout=20)
+    assert messages(report) == []
+    assert report.count("passed") == len(CHECKS)
+
+
+def test_wrong_backends_are_rejected_over_the_wire():
+    for name in ("mask:SeesItself", "streams:ResetEmptiesOneLayer"):
+        where = f"refspan.conformance.mutants.{name}"
+        report = report_of(f"{PYTHON} -m refspan.conformance.external.serve {where}", levels=("mask", "memory"))
+        assert report.count("failed")
+        assert not [message for message in messages(report) if "the command" in message]
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_example_in_c(tmp_path, dtype):
+    subprocess.run(
+        [
+            "cc",
+            "-std=c99",
+            "-Wall",
+            "-Wextra",
+            "-Werror",
+            "-O2",
+            "-o",
+            tmp_path / "attention",
+            EXAMPLES / "attention.c",
+            "-lm",
+        ],
+        check=True,
+    )
+    session = CommandSession(str(tmp_path / "attention"), timeout=10)
+    report = Report(session.facts)
+    try:
+        list(run(session, select(("mask", "attention", "gradient", "golden")), report, dtype=dtype, examples=30))
+    finally:
+        session.close()
+    assert messages(report) == []
+    assert report.count("passed") == 40
+
+
+def test_the_example_in_python():
+    report = report_of(f"{PYTHON} {EXAMPLES / 'attention.py'}")
+    assert messages(report) == []
+    assert report.count("passed") == 6
+
+
+def test_the_example_that_hangs():
+    start = time.monotonic()
+    report = report_of(f"sh {EXAMPLES / 'slow.sh'}", timeout=0.5)
+    assert report.count("failed") == 6
+    for message in messages(report):
+        assert "did not answer within 0.5 s" in message
+    assert any("its stderr ends: asked for a mask, and going to sleep" in message for message in messages(report))
+    assert time.monotonic() - start < 30
+
+
+def npy(dtype, shape):
+    """The beginning of an npy file, as Python source."""
+    header = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
+    return repr(b"\x93NUMPY\x01\x00\x76\x00" + header.encode())
+
+
+BROKEN = {
+    "exits": ("request(); sys.exit(3)", "the command ended with status 3"),
+    "dies": ("request(); os.kill(os.getpid(), 11)", "the command ended by signal SIGSEGV"),
+    "says why": ("request(); sys.exit('no\\n\\x1b[31mluck')", "its stderr ends: no ?[31mluck"),
+    "talks nonsense": ("request(); print('hello', flush=True); time.sleep(60)", "the command wrote 'hello'"),
+    "a number": ("request(); print('3', flush=True); time.sleep(60)", "expected a line of JSON, an object"),
+    "NaN": ("print('{\"seq\": NaN}', flush=True); time.sleep(60)", "expected a line of JSON"),
+    "nested": ("print('[' * 100000, flush=True); time.sleep(60)", "expected a line of JSON"),
+    "other seq": ("request(); print('{\"seq\": 77}', flush=True); time.sleep(60)", "the answer has seq 77, expected 1"),
+    "no tensor": (
+        "while True:\n    print(json.dumps({'seq': request()}), flush=True)\n    sys.stdin.buffer.read1()",
+        "returned NoneType, expected a NumPy array",
+    ),
+    "tensors": ('print(\'{"seq": 1, "tensors": 5}\', flush=True); time.sleep(60)', "`tensors`: got 5"),
+    "no npy": (
+        "print(json.dumps({'seq': request(), 'tensors': ['mask']}), 'x' * 100, sep='\\n', flush=True); time.sleep(60)",
+        "expected an npy file of version 1.0",
+    ),
+    "huge": (
+        "print(json.dumps({'seq': request(), 'tensors': ['mask']}), flush=True)\n"
+        f"sys.stdout.buffer.write({npy('<f4', '(1000000000,)')})\n"
+        "sys.stdout.buffer.flush(); time.sleep(60)",
+        "is beyond the limit of 268435456 bytes",
+    ),
+    "objects": (
+        "print(json.dumps({'seq': request(), 'tensors': ['mask']}), flush=True)\n"
+        f"sys.stdout.buffer.write({npy('|O', '(1,)')})\n"
+        "sys.stdout.buffer.flush(); time.sleep(60)",
+        "got dtype |O",
+    ),
+    "short": (
+        "print(json.dumps({'seq': request(), 'tensors': ['mask']}), flush=True)\n"
+        f"sys.stdout.buffer.write({npy('<f4', '(100,)')})\n"
+        "sys.stdout.buffer.flush(); sys.exit()",
+        "the command ended with status 0",
+    ),
+    "other shape": (
+        "while True:\n"
+        "    print(json.dumps({'seq': request(), 'tensors': ['mask']}), flush=True)\n"
+        f"    sys.stdout.buffer.write({npy('<f4', '(1,)')} + bytes(4))\n"
+        "    sys.stdout.buffer.flush()\n"
+        "    sys.stdin.buffer.read1()",
+        "soft_mask returned shape (1,)",
+    ),
+    "refuses": (
+        "while True:\n"
+        "    print(json.dumps({'seq': request(), 'error': 'not\\ntoday', 'tensors': []}), flush=True)\n"
+        "    sys.stdin.buffer.read1()",
+        "soft_mask failed: not today",
+    ),
+    "floods stdout": ("request()\nwhile True: os.write(1, b'x' * 65536)", "a header of more than 1048576 bytes"),
+    "floods stderr": ("request()\nwhile True: os.write(2, b'x' * 65536)", "did not answer within 2 s"),
+    "never reads": ("time.sleep(60)", "did not answer within 2 s"),
+    "forks": (
+        "request()\nos.fork() or os.fork()\ntime.sleep(60)",
+        "did not answer within 2 s",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_commands_fail_their_checks(name, tmp_path):
+    body, said = BROKEN[name]
+    command = script(tmp_path, body)
+    session = session_of(f"exec:{command}", timeout=2)
+    report = Report(session.facts)
+    try:
+        list(run(session, select(ids=["mask.values"]), report, examples=5))
+    finally:
+        session.close()
+    assert said in messages(report)[0]
+    left = subprocess.run(["pgrep", "-f", str(tmp_path / "backend.py")], capture_output=True, text=True)
+    assert left.stdout == ""
+
+
+def test_a_command_that_crashed_is_started_again(tmp_path):
+    """It fails the checks in which it crashed, and no others."""
+    mark = tmp_path / "crashed"
+    command = script(
+        tmp_path,
+        f"""
+        import numpy as np
+        from pathlib import Path
+        from refspan.conformance.backends.reference import NumpyBackend
+        from refspan.conformance.external.serve import Server
+        if not Path({str(mark)!r}).exists():
+            Path({str(mark)!r}).touch()
+            os.abort()
+        Server(NumpyBackend()).serve(sys.stdin.buffer, sys.stdout.buffer)
+        """,
+    )
+    report = report_of(command)
+    assert [result.status for result in report.results] == ["failed", *["passed"] * 5]
+    assert "ended by signal SIGABRT" in messages(report)[0]
+
+
+def test_large_requests_do_not_lock(tmp_path):
+    """Both sides write at once: neither waits for the other for ever."""
+    command = script(
+        tmp_path,
+        """
+        from refspan.conformance.backends.reference import NumpyBackend
+        from refspan.conformance.external.serve import Server
+        Server(NumpyBackend()).serve(sys.stdin.buffer, sys.stdout.buffer)
+        """,
+    )
+    backend = load_backend(f"exec:{command}")
+    try:
+        span = np.random.default_rng(0).random((64, 4096)).astype(np.float32) * 100
+        mask = backend.soft_mask(span, np.tile(np.arange(4096, 0, -1), (64, 1)), queries=16, ramp=8.0)
+        assert mask.shape == (64, 16, 4096)
+    finally:
+        backend.close()
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("", "expected a command"),
+        ("'", "No closing quotation"),
+        ("/no/such/command", "cannot be started: No such file or directory"),
+        ("true", "the command ended with status 0"),
+        ("echo hello", "expected a line of JSON"),
+        ('echo {"version":2}', "expected a line of JSON"),
+        ("""echo '{"version": 2}'""", "has version 2; this refspan speaks version 1"),
+        ("""echo '{"version": 1, "operations": ["fly"]}'""", "it offers ['fly']; expected a list of some of soft_mask"),
+    ],
+)
+def test_what_cannot_be_started(command, said):
+    with pytest.raises(SetupError) as caught:
+        load_backend(f"exec:{command}")
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(SetupError):
+        session_of(f"exec:{command}", timeout=1)
+
+
+def test_options_are_part_of_the_command():
+    with pytest.raises(SetupError, match="make it part of the command"):
+        load_backend("exec:true", device="cuda")
+
+
+def test_in_python():
+    backend = load_backend(f"exec:{PYTHON} {EXAMPLES / 'attention.py'}")
+    try:
+        assert check_backend(backend, levels=("mask",), examples=5).conforms
+    finally:
+        backend.close()
