@@ -18,6 +18,9 @@ KEYWORDS = ("queries", "ramp", "position")
 class Misbehaviour(Exception):
     """What a backend did wrong, in one line."""
 
+    row = 0
+    """Of the batch, in which it is wrong, if that is known."""
+
 
 class NotOffered(Exception):
     """The backend lacks this operation."""

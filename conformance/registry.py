@@ -1,5 +1,6 @@
 """What a check is, and the list of them all."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -72,16 +73,18 @@ class Probe:
         self._session = session
         self.worst = 0.0
         """Largest error so far, as a fraction of its bound."""
+        self.backend_seconds = 0.0
+        """Spent waiting for the backend."""
 
     def soft_mask(self, *asked: Memories) -> list[Array]:
         """Masks [B, M, N] of these memories, asked one after the other."""
         shapes = [Shapes({"": ((len(m.span), m.queries, m.span.shape[1]), str(m.span.dtype))}) for m in asked]
-        return self._session.call("soft_mask", [m.arguments() for m in asked], shapes)
+        return self._ask(self._session.call, "soft_mask", [m.arguments() for m in asked], shapes)
 
     def attention(self, *asked: AttentionCase) -> list[Array]:
         """Outputs [B, H, M, D] of these attention steps, asked one after the other."""
         shapes = [Shapes({"": (case.query.shape, str(case.query.dtype))}) for case in asked]
-        return self._session.call("span_attention", [case.arguments() for case in asked], shapes)
+        return self._ask(self._session.call, "span_attention", [case.arguments() for case in asked], shapes)
 
     def gradients(self, *asked: AttentionCase) -> list[Mapping[str, Array]]:
         """Gradients of these attention steps by name, asked one after the other."""
@@ -91,11 +94,18 @@ class Probe:
             like = {name: getattr(case, name) for name in names} | {"span": case.memories.span}
             shapes.append(Shapes({n: (x.shape, str(x.dtype)) for n, x in like.items() if x is not None}))
         calls = [{"grad_out": case.grad_out, **case.arguments()} for case in asked]
-        return self._session.call("span_attention_backward", calls, shapes)
+        return self._ask(self._session.call, "span_attention_backward", calls, shapes)
 
     def programs(self, *asked: Program) -> list[list[Any]]:
         """Answers to these programs, one per operation, asked one after the other."""
-        return [self._session.run_program(program) for program in asked]
+        return [self._ask(self._session.run_program, program) for program in asked]
+
+    def _ask(self, ask: Callable[..., list[Any]], *question: Any) -> list[Any]:
+        start = time.perf_counter()
+        try:
+            return ask(*question)
+        finally:
+            self.backend_seconds += time.perf_counter() - start
 
     @property
     def memory_granularity(self) -> int:
@@ -120,10 +130,12 @@ class Probe:
         self.worst = max(self.worst, float(ratio[at]))
         if ratio[at] > 1:
             where = ", ".join(str(int(i)) for i in at)
-            raise Misbehaviour(
+            wrong = Misbehaviour(
                 f"{what}[{where}] is {wide[at]:.9g}, expected {value[at]:.9g} +- {bound[at]:.2g}"
                 f" (off by {error[at]:.3g}, {ratio[at]:.3g} times the bound)"
             )
+            wrong.row = int(at[0]) if at else 0
+            raise wrong
 
     def agree(self, what: str, got: Array, other: Array, bound: Array) -> None:
         """Fail unless two answers that should be equal are, both having been allowed an error of `bound`."""

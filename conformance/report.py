@@ -5,7 +5,27 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-Status = Literal["passed", "failed", "not offered"]
+Status = Literal["passed", "failed", "known failure", "not offered"]
+STATUSES: tuple[Status, ...] = ("passed", "failed", "known failure", "not offered")
+FORMAT = 2
+"""Version of the JSON form, see report.schema.json."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """A failure that is expected, and why."""
+
+    reason: str
+    link: str
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What one row of a counterexample looks like, for a page."""
+
+    title: str
+    rows: tuple[tuple[float, ...], ...]
+    """A number in 0..1 for each query (down) and memory (across)."""
 
 
 @dataclass(frozen=True)
@@ -18,6 +38,8 @@ class Failure:
     """The smallest case in which it does, a line each."""
     replay: str
     """The command that shows it again."""
+    pictures: tuple[Picture, ...] = ()
+    """Of the counterexample."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +55,15 @@ class Result:
     """Largest error as a fraction of its bound."""
     examples: int
     seconds: float
+    backend_seconds: float = 0.0
+    """Of these, the backend's own."""
     failure: Failure | None = None
+    known: Known | None = None
+    """Why it was expected to fail, if it was."""
 
     def line(self) -> str:
         """The result in one line."""
-        mark = {"passed": "pass", "failed": "FAIL", "not offered": "----"}[self.status]
+        mark = {"passed": "pass", "failed": "FAIL", "known failure": "know", "not offered": "----"}[self.status]
         error = "not offered" if self.status == "not offered" else f"error/bound {self.worst:<8.2g}"
         cost = "" if self.status == "not offered" else f"{self.examples:>5} examples {self.seconds:6.1f} s  "
         return f"{mark}  {self.check:<28} {error:<21} {cost}{' '.join(self.clauses)}"
@@ -50,8 +76,12 @@ class Report:
     facts: Mapping[str, str]
     """What was asked and how: versions, backend, device, execution provider, dtype, seed, examples."""
     results: list[Result] = field(default_factory=list)
+    planned: int = 0
+    """Checks that are to run."""
     complete: bool = False
     """False until the last check has finished."""
+    complaints: list[str] = field(default_factory=list)
+    """What is wrong with the list of expected failures, a line each."""
 
     def count(self, status: Status) -> int:
         """How many checks ended so."""
@@ -59,8 +89,13 @@ class Report:
 
     @property
     def conforms(self) -> bool:
-        """True if all checks ran, at least one was offered, and none failed."""
-        return self.complete and self.count("failed") == 0 and self.count("passed") > 0
+        """True if all checks ran, at least one was offered, and none failed, expected or not."""
+        return self.as_expected and self.count("known failure") == 0
+
+    @property
+    def as_expected(self) -> bool:
+        """True if all checks ran, at least one passed, and those failed that were expected to, and no others."""
+        return self.complete and not self.count("failed") and not self.complaints and self.count("passed") > 0
 
     def header(self) -> Iterable[str]:
         """The facts, a line each."""
@@ -68,19 +103,27 @@ class Report:
         return [f"{name:<{width}}  {value}" for name, value in self.facts.items()]
 
     def summary(self) -> str:
-        """The last line."""
-        passed, failed, missing = (self.count(s) for s in ("passed", "failed", "not offered"))
-        line = f"{passed} passed, {failed} failed, {missing} not offered"
-        return line if self.complete else f"{line}, INCOMPLETE"
+        """The last line. What is not offered is part of the whole."""
+        parts = [f"{self.count('passed')} of {self.planned} passed", f"{self.count('failed')} failed"]
+        parts += [f"{known} known failures"] if (known := self.count("known failure")) else []
+        parts += [f"{self.count('not offered')} not offered"]
+        seconds = sum(result.seconds for result in self.results)
+        if seconds:
+            share = sum(result.backend_seconds for result in self.results) / seconds
+            parts += [f"{seconds:.0f} s, {share:.0%} of it the backend's own"]
+        return ", ".join(parts) + ("" if self.complete else ", INCOMPLETE")
 
     def to_json(self) -> str:
-        """The whole report; numbers that JSON cannot hold become strings."""
+        """The whole report as report.schema.json describes it; numbers that JSON cannot hold become strings."""
         tree = {
-            "refspan_report": 1,
+            "refspan_report": FORMAT,
             "complete": self.complete,
             "conforms": self.conforms,
+            "as_expected": self.as_expected,
             "facts": dict(self.facts),
-            "summary": {s.replace(" ", "_"): self.count(s) for s in ("passed", "failed", "not offered")},
+            "planned": self.planned,
+            "summary": {status.replace(" ", "_"): self.count(status) for status in STATUSES},
+            "complaints": self.complaints,
             "results": [asdict(result) for result in self.results],
         }
         return json.dumps(_finite(tree), indent=2, allow_nan=False) + "\n"

@@ -4,7 +4,9 @@ import platform
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import hypothesis
@@ -14,9 +16,10 @@ from hypothesis.errors import Flaky, HypothesisWarning
 
 import refspan
 from refspan.conformance.guard import Misbehaviour, NotOffered
+from refspan.conformance.pictures import pictures_of
 from refspan.conformance.protocol import EXAMPLES
 from refspan.conformance.registry import CHECKS, LEVELS, Check, Probe
-from refspan.conformance.report import Failure, Report, Result, Status
+from refspan.conformance.report import Failure, Known, Report, Result, Status
 from refspan.conformance.sessions import Hung, Session
 from refspan.errors import SetupError
 
@@ -63,8 +66,11 @@ def run(
     examples: int = EXAMPLES,
     replay: Callable[[str], str] = "refspan check --check {}".format,
     tick: Callable[[Check, int], None] = lambda check, example: None,  # noqa: ARG005
+    expected: Mapping[str, Known] = MappingProxyType({}),
 ) -> Iterator[Result]:
     """Run `checks`, yield each result and add it to `report`; mark the report complete at the end.
+
+    What `expected` lists is a known failure if it fails, and a complaint of the report if it does not.
 
     Args:
         session: the backend.
@@ -75,9 +81,19 @@ def run(
         examples: per check.
         replay: the command that runs the check of an id again.
         tick: called before each example.
+        expected: check -> why it is expected to fail.
     """
+    checks = list(checks)
+    report.planned = len(checks)
     for one in checks:
         result = _run_one(session, one, np.dtype(dtype), seed, examples, replay(one.id), tick)
+        if one.id in expected:
+            result = replace(result, known=expected[one.id])
+            if result.status == "failed":
+                result = replace(result, status="known failure")
+            else:
+                did = "passed" if result.status == "passed" else "was not offered"
+                report.complaints.append(f"{one.id} was expected to fail and {did}: take it off the list")
         report.results.append(result)
         yield result
     report.complete = True
@@ -113,25 +129,33 @@ def _run_one(
             raise
 
     start = time.perf_counter()
+
+    def result(status: Status, failure: Failure | None = None) -> Result:
+        about = check.id, check.level, check.clauses, check.purpose
+        if status == "not offered":
+            return Result(*about, status, 0.0, 0, 0.0)
+        seconds = time.perf_counter() - start
+        return Result(*about, status, probe.worst, asked, seconds, probe.backend_seconds, failure)
+
     status: Status = "passed"
     note = ""
     try:
         _ask_all(check, dtype, seed, examples, ask)
     except NotOffered:
-        return Result(check.id, check.level, check.clauses, check.purpose, "not offered", 0.0, 0, 0.0)
+        return result("not offered")
     except Misbehaviour:
         status = "failed"
     except Flaky:
         status, note = "failed", "; asked the same again, the backend answered differently"
-    seconds = time.perf_counter() - start
 
-    failure = None
     if status == "failed":
         found = lost or shrunk
-        message = str(found[1]) if found else "the check could not be finished"
-        failure = Failure(f"{message}{note}", tuple(found[0].describe()) if found else (), replay)
-    worst = probe.worst
-    return Result(check.id, check.level, check.clauses, check.purpose, status, worst, asked, seconds, failure)
+        if found is None:
+            return result(status, Failure(f"the check could not be finished{note}", (), replay))
+        case, error = found
+        pictures = tuple(pictures_of(case, error.row))
+        return result(status, Failure(f"{error}{note}", tuple(case.describe()), replay, pictures))
+    return result(status)
 
 
 def drawn(check: Check, dtype: np.dtype, seed: int, examples: int) -> list[Any]:

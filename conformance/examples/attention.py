@@ -5,18 +5,21 @@ refspan check --backend "exec:python conformance/examples/attention.py"
 
 import json
 import sys
+from typing import Any, BinaryIO
 
 import numpy as np
 
+Array = Any
 
-def soft_mask(span, age, queries, ramp):
+
+def soft_mask(span: Array, age: Array, queries: int, ramp: float) -> Array:
     """[B, N], [B, N] -> [B, M, N]."""
     distance = age[:, None, :] + np.arange(queries)[:, None]
     mask = np.clip(1 + (span[:, None, :] - distance.astype(span.dtype)) / span.dtype.type(ramp), 0, 1)
     return np.where(distance >= 1, mask, 0).astype(span.dtype)
 
 
-def read_tensor(stream):
+def read_tensor(stream: BinaryIO) -> Array:
     """One npy file; np.load wants a file that can seek, which a pipe cannot."""
     start = stream.read(10)
     header = stream.read(int.from_bytes(start[8:10], "little"))
@@ -25,7 +28,7 @@ def read_tensor(stream):
     return np.frombuffer(stream.read(dtype.itemsize * int(np.prod(shape))), dtype).reshape(shape)
 
 
-def write(header, **tensors):
+def write(header: dict[str, Any], **tensors: Array) -> None:
     """A message: a line of JSON, then the tensors that it names."""
     out = sys.stdout.buffer
     out.write(json.dumps({**header, "tensors": list(tensors)}).encode() + b"\n")
@@ -34,7 +37,7 @@ def write(header, **tensors):
     out.flush()
 
 
-def main():
+def main() -> None:
     """Answer requests until the checker says stop, or goes away."""
     for line in sys.stdin.buffer:
         asked = json.loads(line)

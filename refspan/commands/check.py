@@ -32,6 +32,16 @@ from refspan.interrupt import note_interrupts
     help="Seconds that one answer may take.",
 )
 @click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="FILE", help="Write the report to FILE.")
+@click.option("--junit", type=click.Path(path_type=Path), metavar="FILE", help="Write it as JUnit XML.")
+@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write it as a page.")
+@click.option("--badge", type=click.Path(path_type=Path), metavar="FILE", help="Write its sum as a badge (SVG).")
+@click.option(
+    "--expected-failures",
+    "expected_path",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Checks that are known to fail, a line each: `check: reason, link`. One that passes fails the run.",
+)
 @click.option("--self-test", is_flag=True, help="Hold the checks themselves against backends known to be wrong.")
 @click.option("--mutant", "mutants", multiple=True, metavar="NAME", help="With --self-test: only this one; repeatable.")
 @click.option("--list", "only_list", is_flag=True, help="List the checks and what they check, and run none.")
@@ -49,6 +59,10 @@ def command(
     seed: int,
     timeout: float,
     json_path: Path | None,
+    junit: Path | None,
+    html: Path | None,
+    badge: Path | None,
+    expected_path: Path | None,
     only_list: bool,
     self_test: bool,
     mutants: tuple[str, ...],
@@ -65,6 +79,7 @@ def command(
         return run_self_test(levels, ids, mutants, dtype=dtype, seed=seed, examples=examples, json_path=json_path)
     if mutants:
         raise click.UsageError("--mutant goes with --self-test.", ctx)
+    from refspan.conformance.expected import read_expected
     from refspan.conformance.loading import session_of
     from refspan.conformance.report import Report
     from refspan.conformance.runner import DTYPES, facts_of_run, run, select
@@ -78,8 +93,11 @@ def command(
         raise click.UsageError("Missing option '--backend': name one, for example --backend numpy.", ctx)
     if dtype not in DTYPES:
         raise SetupError(f"unknown dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
-    if json_path is not None:
-        check_writable(json_path)
+    asked = {"json": json_path, "junit": junit, "html": html, "badge": badge}
+    files = {form: path for form, path in asked.items() if path is not None}
+    for path in files.values():
+        check_writable(path)
+    expected = {} if expected_path is None else read_expected(expected_path)
 
     session = session_of(backend_name, timeout=timeout, device=device, form=form)
     if session.dtypes and dtype not in session.dtypes:
@@ -101,23 +119,36 @@ def command(
         for line in report.header():
             click.echo(line)
         click.echo()
-        _run(run, session, checks, report, asked_to_stop, dtype=dtype, seed=seed, examples=examples, replay=replay_of)
+        options = {"dtype": dtype, "seed": seed, "replay": replay_of, "expected": expected}
+        _run(run, session, checks, report, asked_to_stop, examples=examples, **options)
     except KeyboardInterrupt:
         interrupted = True
     finally:
         session.close()
-        if json_path is not None:
+        for form, path in files.items():
             # what is only half of a report never takes the place of a whole one
-            half = not report.complete and json_path.exists()
-            write_whole(
-                json_path.with_name(json_path.name + ".partial") if half else json_path, report.to_json().encode()
-            )
+            half = not report.complete and path.exists()
+            write_whole(path.with_name(path.name + ".partial") if half else path, _as(form, report))
+    for complaint in report.complaints:
+        click.echo(complaint)
     click.echo(report.summary())
     if interrupted:
         return 130
-    if report.conforms:
+    if report.as_expected:
         return 0
-    return 1 if report.count("failed") else 2
+    return 1 if report.count("failed") or report.complaints else 2
+
+
+def _as(form: str, report: Any) -> bytes:
+    """The report as it is written to a file."""
+    from refspan.conformance.badge import badge
+    from refspan.conformance.html_report import html_report
+    from refspan.conformance.junit import junit
+
+    if form == "json":
+        content: bytes = report.to_json().encode()
+        return content
+    return {"junit": junit, "html": html_report, "badge": badge}[form](report)
 
 
 def _run(
