@@ -5,6 +5,8 @@ back. `guarded_call` turns all of that but the last into `Misbehaviour`; `refspa
 """
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 from typing import Any
 
 import numpy as np
@@ -70,6 +72,26 @@ def guarded_call(
             if isinstance(value, np.ndarray) and handed[name].tobytes() != value.tobytes():
                 raise Misbehaviour(f"{operation} changed its argument {name!r}")
     return results
+
+
+def calls_at_once(
+    backend: Any, operation: str, calls: Sequence[Mapping[str, Any]], shapes: Sequence[Shapes]
+) -> list[Any]:
+    """As `guarded_call`, each of `calls` on a thread of its own, all at once.
+
+    Raises:
+        NotOffered: also if the backend says that it is not made for this (`thread_safe = False`).
+    """
+    if not getattr(backend, "thread_safe", True):
+        raise NotOffered(operation)
+    start = Barrier(len(calls))
+
+    def one(arguments: Mapping[str, Any], expected: Shapes) -> Any:
+        start.wait()
+        return guarded_call(backend, operation, [arguments], [expected])[0]
+
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return list(pool.map(one, calls, shapes))
 
 
 def _hand_over(name: str, value: Any, buffers: dict[tuple[str, tuple[int, ...], str], Array]) -> Any:

@@ -18,7 +18,7 @@ h1 { font-size: 1.5rem; margin: 0 0 .5rem; } h2 { font-size: 1.15rem; margin: 2r
 .verdict { font-size: 1.1rem; padding: .6rem 1rem; border-left: .4rem solid; background: var(--soft); }
 table { border-collapse: collapse; width: 100%; } th, td { text-align: left; padding: .3rem .6rem .3rem 0;
   border-bottom: 1px solid var(--line); vertical-align: top; } th { color: var(--dim); font-weight: 600; }
-.scroll { overflow-x: auto; } .num { text-align: right; white-space: nowrap; }
+.scroll { overflow-x: auto; } .num { text-align: right; white-space: nowrap; } .error { white-space: nowrap; }
 .passed { color: var(--pass); } .failed { color: var(--fail); } .known-failure { color: var(--known); }
 .not-offered, .dim { color: var(--dim); } .status { font-weight: 600; white-space: nowrap; }
 code, pre { font: .875rem/1.45 ui-monospace, monospace; } pre { background: var(--soft); padding: .7rem 1rem;
@@ -143,6 +143,6 @@ def _checks(report: Report) -> Iterator[str]:
             error = f'<span class="bar {kind}"><i style="width:{width:.3g}%"></i></span> {result.worst:.2g}'
         purpose = escape(result.purpose.partition("\n")[0])
         yield f'<tr id="check-{id_}"><th scope="row">{name}</th><td class="status {kind}">{result.status}</td>'
-        yield f'<td class="num">{error}</td><td class="num">{result.examples}</td>'
+        yield f'<td class="error">{error}</td><td class="num">{result.examples}</td>'
         yield f'<td class="num">{result.seconds:.1f}</td><td class="dim">{purpose}</td></tr>'
     yield "</tbody></table></div>"

@@ -15,7 +15,7 @@ def junit(report: Report) -> bytes:
     count = len(report.results) + len(report.complaints) + (not report.complete)
     suite = ET.Element(
         "testsuite",
-        name=f"refspan check {report.facts.get('backend', '')}",
+        name=_text(f"refspan check {report.facts.get('backend', '')}"),
         tests=str(count),
         failures=str(failed),
         errors=str(int(not report.complete)),

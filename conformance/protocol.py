@@ -52,7 +52,11 @@ class Stream(Protocol):
 
 
 class Backend(Protocol):
-    """An implementation of the specification. Every operation is optional; `name` is not."""
+    """An implementation of the specification. Every operation is optional; `name` is not.
+
+    Also optional: `facts()`, pairs of words for the head of a report; `dtypes`, the dtypes of query, key and value that
+    it takes; `thread_safe = False`, if it is not to be called from several threads at once.
+    """
 
     name: str
 

@@ -86,6 +86,12 @@ class Probe:
         shapes = [Shapes({"": (case.query.shape, str(case.query.dtype))}) for case in asked]
         return self._ask(self._session.call, "span_attention", [case.arguments() for case in asked], shapes)
 
+    def attention_at_once(self, *asked: AttentionCase) -> list[Array]:
+        """Outputs [B, H, M, D] of these attention steps, asked all at once, each on a thread of its own."""
+        shapes = [Shapes({"": (case.query.shape, str(case.query.dtype))}) for case in asked]
+        calls = [case.arguments() for case in asked]
+        return self._ask(self._session.call_at_once, "span_attention", calls, shapes)
+
     def gradients(self, *asked: AttentionCase) -> list[Mapping[str, Array]]:
         """Gradients of these attention steps by name, asked one after the other."""
         names = ("query", "key", "value", "position")

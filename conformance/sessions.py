@@ -10,7 +10,7 @@ from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
-from refspan.conformance.guard import Misbehaviour, NotOffered, Shapes, guarded_call, one_line
+from refspan.conformance.guard import Misbehaviour, NotOffered, Shapes, calls_at_once, guarded_call, one_line
 from refspan.conformance.programs import Program, run_program
 from refspan.errors import SetupError
 
@@ -32,6 +32,9 @@ class Session(Protocol):
 
     def call(self, operation: str, calls: Sequence[Mapping[str, Any]], shapes: Sequence[Shapes]) -> list[Any]:
         """As `guarded_call`, and `Hung` if no answer comes."""
+
+    def call_at_once(self, operation: str, calls: Sequence[Mapping[str, Any]], shapes: Sequence[Shapes]) -> list[Any]:
+        """As `calls_at_once`, and `Hung` if no answer comes."""
 
     def run_program(self, program: Program) -> list[Any]:
         """As `refspan.conformance.programs.run_program`, and `Hung` if no answer comes."""
@@ -73,6 +76,10 @@ class InProcess:
     def call(self, operation: str, calls: Sequence[Mapping[str, Any]], shapes: Sequence[Shapes]) -> list[Any]:
         """As `Session.call`."""
         return self._ask(operation, partial(guarded_call, operation=operation, calls=calls, shapes=shapes))
+
+    def call_at_once(self, operation: str, calls: Sequence[Mapping[str, Any]], shapes: Sequence[Shapes]) -> list[Any]:
+        """As `Session.call_at_once`."""
+        return self._ask(operation, partial(calls_at_once, operation=operation, calls=calls, shapes=shapes))
 
     def _ask(self, operation: str, question: Question) -> list[Any]:
         self._asked.put(question)
@@ -122,6 +129,10 @@ class Worker:
     def call(self, operation: str, calls: Sequence[Mapping[str, Any]], shapes: Sequence[Shapes]) -> list[Any]:
         """As `Session.call`."""
         return self._ask(operation, partial(guarded_call, operation=operation, calls=calls, shapes=shapes))
+
+    def call_at_once(self, operation: str, calls: Sequence[Mapping[str, Any]], shapes: Sequence[Shapes]) -> list[Any]:
+        """As `Session.call_at_once`."""
+        return self._ask(operation, partial(calls_at_once, operation=operation, calls=calls, shapes=shapes))
 
     def _ask(self, operation: str, question: Question) -> list[Any]:
         if self._gone:

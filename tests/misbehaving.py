@@ -4,7 +4,7 @@ import ctypes
 import os
 import sys
 
-from wrong import Dense
+from refspan.conformance.mutants.dense import Dense
 
 
 class Exits(Dense):

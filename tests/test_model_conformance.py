@@ -2,29 +2,30 @@
 
 import numpy as np
 import pytest
-from wrong_models import MODEL_MUTANTS, Plain
-from wrong_training import TRAINING_MUTANTS
 
 import refspan
 from refspan.conformance import check_backend
 from refspan.conformance.backends.reference import NumpyBackend
 from refspan.conformance.model_bounds import History, ModelBounds
+from refspan.conformance.mutants import MUTANTS
+from refspan.conformance.mutants.plain import Plain
 from refspan.conformance.registry import CHECKS
 from refspan.conformance.runner import select
 
 LEVELS = ("memory", "model")
-MUTANTS = {**MODEL_MUTANTS, **TRAINING_MUTANTS}
+MODEL_MUTANTS = [one.name for one in MUTANTS.values() if one.area in ("memory", "streams", "models")]
+TRAINING_MUTANTS = [one.name for one in MUTANTS.values() if one.area == "training"]
 
 
 def failures(report):
     return {result.check: result.failure.message for result in report.results if result.status == "failed"}
 
 
-@pytest.mark.parametrize("name", MUTANTS)
+@pytest.mark.parametrize("name", MODEL_MUTANTS + TRAINING_MUTANTS)
 def test_wrong_model_is_rejected(name):
-    cls, rejected_by = MUTANTS[name]
-    report = check_backend(cls(), checks=rejected_by)
-    assert {result.check: result.status for result in report.results} == dict.fromkeys(rejected_by, "failed")
+    mutant = MUTANTS[name]
+    report = check_backend(mutant.make(), checks=mutant.killed_by)
+    assert {result.check: result.status for result in report.results} == dict.fromkeys(mutant.killed_by, "failed")
     crashed = [message for message in failures(report).values() if " raised " in message]
     assert not crashed or name == "BufferWithoutRoomForTheRamp", crashed
 
@@ -40,7 +41,7 @@ def test_wrong_model_is_a_model(name):
 
 def test_every_check_bites():
     select()
-    biting = {check for _, checks in MUTANTS.values() for check in checks}
+    biting = {check for name in MODEL_MUTANTS + TRAINING_MUTANTS for check in MUTANTS[name].killed_by}
     assert biting == {check.id for check in CHECKS.values() if check.level in (*LEVELS, "training")}
 
 

@@ -91,7 +91,7 @@ def test_wheel_has_one_top_level_name(wheel: Path) -> None:
 
 def test_wheel_holds_every_file(wheel: Path) -> None:
     """Packages are listed by name in pyproject.toml: one that was forgotten there would be missing here."""
-    kinds = {".py", ".typed", ".onnxtxt", ".npz", ".md"}
+    kinds = {".py", ".typed", ".onnxtxt", ".npz", ".md", ".json", ".c", ".sh"}
     wanted = {
         f"{inside}/{path.relative_to(ROOT / folder).as_posix()}"
         for folder, inside in FOLDERS.items()

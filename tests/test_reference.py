@@ -7,9 +7,9 @@ import array_api_strict
 import numpy as np
 import pytest
 from loops import Loops
-from wrong import Dense
 
 import refspan
+from refspan.conformance.mutants.dense import Dense
 
 RECORDED = ("small", "ramp16", "wide")
 

@@ -277,3 +277,14 @@ def repeated(probe: Probe, case: AttentionCase) -> None:
     questions = [case, other, forgot, shorter, case]
     for question, got in zip(questions, probe.attention(*questions), strict=True):
         probe.compare("output", got, attention_bounds(question).expected_output())
+
+
+@check("attention.threads", clauses=["OUTPUT"], needs=NEEDS, cases=some(), cost=2)
+def threads(probe: Probe, case: AttentionCase) -> None:
+    """Questions asked by several threads at once do not mix (`thread_safe = False` says: not offered)."""
+    other = replace(case, query=case.query[..., ::-1], value=-case.value)
+    forgot = case.with_memories(span=np.zeros_like(case.memories.span), ramp=case.memories.ramp + 1)
+    shorter = case.select(slots=slice(1, None))
+    questions = [case, other, forgot, shorter]
+    for question, got in zip(questions, probe.attention_at_once(*questions), strict=True):
+        probe.compare("output", got, attention_bounds(question).expected_output())

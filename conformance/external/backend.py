@@ -21,7 +21,7 @@ START_SECONDS = 120.0
 
 
 class CommandBackend:
-    """What a command says that it offers; each operation is a request to it.
+    """What a command says that it offers; each operation is a request to it. For one thread at a time.
 
     Args:
         command: with arguments, as a shell would split it.
@@ -30,6 +30,8 @@ class CommandBackend:
     Raises:
         SetupError: it cannot be started, or does not speak the protocol.
     """
+
+    thread_safe = False
 
     def __init__(self, command: str, timeout: float) -> None:
         self._timeout = timeout
@@ -230,6 +232,10 @@ class CommandSession:
     def call(self, operation: str, calls: Sequence[Mapping[str, Any]], shapes: Sequence[Shapes]) -> list[Any]:
         """As `Session.call`."""
         return self._ask(partial(guarded_call, operation=operation, calls=calls, shapes=shapes))
+
+    def call_at_once(self, operation: str, calls: Sequence[Any], shapes: Sequence[Shapes]) -> list[Any]:  # noqa: ARG002
+        """The protocol knows one request at a time."""
+        raise NotOffered(operation)
 
     def run_program(self, program: Program) -> list[Any]:
         """As `Session.run_program`."""

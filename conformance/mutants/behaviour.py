@@ -207,3 +207,23 @@ class Random(Dense):
     ) -> Array:
         out = super().span_attention(query, key, value, span, age, ramp=ramp, position=position)
         return out * (1 + np.random.default_rng().normal(0, 1e-3, out.shape)).astype(out.dtype)
+
+
+@mutant("attention.threads")
+class KeepsItsArgumentsInItself(Dense):
+    """What a call works on is kept in the backend, where another thread's call finds it."""
+
+    def span_attention(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        span: Array,
+        age: Array,
+        *,
+        ramp: float,
+        position: Array | None = None,
+    ) -> Array:
+        self.kept = query, key, value, span, age
+        time.sleep(1e-3)
+        return super().span_attention(*self.kept, ramp=ramp, position=position)

@@ -134,6 +134,8 @@ class ClipsNegativeSpans(Dense):
 class LearnsAtTheKinks(Dense):
     """Right: the derivative at a kink may be 1 / R as well as 0."""
 
+    thread_safe = False
+
     def span_attention_backward(
         self, grad_out: Array, *arrays: Any, ramp: float, position: Array | None = None
     ) -> dict[str, Array]:

@@ -1,0 +1,110 @@
+"""The self-test notices a suite that has lost its teeth, or bites what is right."""
+
+import json
+
+import pytest
+from test_check_command import check, run_module
+
+from refspan.conformance.mutants import MUTANTS, RIGHT
+from refspan.conformance.registry import CHECKS
+from refspan.conformance.runner import select
+from refspan.conformance.self_test import SelfTest, Trial, Verdict, self_test
+
+
+def test_some_checks_and_mutants():
+    *_, state = self_test(ids=["mask.past", "attention.output"], mutants=["SeesItself", "NoScale"], processes=2)
+    assert state.complete
+    assert state.faults() == []
+    assert state.killers == {"SeesItself": ["mask.past", "attention.output"], "NoScale": ["attention.output"]}
+    assert {verdict.backend for verdict in state.trials[0].verdicts} > set(RIGHT) - {"Plain"}
+
+
+def whole(*trials):
+    return SelfTest({"A": ["mask.past"], "B": ["mask.values"]}, ["good"], list(trials), complete=True)
+
+
+def trial(check, **examples):
+    return Trial(check, tuple(Verdict(name, example, "off") for name, example in examples.items()), 10, 1.0)
+
+
+FAULTS = {
+    "none": ([trial("mask.past", A=1, B=None, good=None), trial("mask.values", A=None, B=2, good=None)], []),
+    "a survivor": (
+        [trial("mask.past", A=1, B=None), trial("mask.values", A=1, B=None)],
+        ["B survives; it was to be rejected by mask.values"],
+    ),
+    "an idle check": (
+        [trial("mask.past", A=1), trial("mask.values", B=1), trial("mask.wide", A=None)],
+        ["mask.wide rejects no mutant"],
+    ),
+    "a false alarm": (
+        [trial("mask.past", A=1, good=3), trial("mask.values", B=1)],
+        ["good is right, and mask.past rejects it at example 3: off"],
+    ),
+    "a check that does not do its own": (
+        [trial("mask.past", A=None, B=1), trial("mask.values", A=1, B=1)],
+        ["A passes mask.past, made to reject it"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_faults(name):
+    trials, faults = FAULTS[name]
+    assert whole(*trials).faults() == faults
+
+
+def test_command(tmp_path):
+    path = tmp_path / "matrix.json"
+    ran = check("--self-test", "--check", "mask.past", "--mutant", "SeesItself", "--mutant", "SeesTheFuture",
+                "--examples", 20, "--json", path)  # fmt: skip
+    assert (ran.returncode, ran.stderr) == (0, "")
+    lines = ran.stdout.splitlines()
+    assert lines[0].startswith("mask.past                    rejects   2 of   2 mutants")
+    assert "PAST" in lines
+    assert "  mask.past                      2  SeesItself SeesTheFuture" in lines
+    assert lines[-1] == f"2 of 2 mutants rejected, by 1 checks; {len(RIGHT)} right backends; 0 faults of the suite"
+    tree = json.loads(path.read_text())
+    assert tree["killers"] == {"SeesItself": ["mask.past"], "SeesTheFuture": ["mask.past"]}
+
+
+def test_a_check_that_misses_is_a_fault():
+    """With one example, which says nothing about the future."""
+    ran = check("--self-test", "--check", "attention.batch_mates", "--mutant", "SpansOfTheFirstRow", "--examples", 1)
+    assert ran.returncode == 1
+    assert "SpansOfTheFirstRow passes attention.batch_mates, made to reject it" in ran.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--self-test", "--backend", "numpy"], "leave --backend out"),
+        (["--backend", "numpy", "--mutant", "Epsilon"], "--mutant goes with --self-test"),
+        (
+            ["--self-test", "--mutant", "Nobody"],
+            "unknown mutant 'Nobody'; `python -m refspan.conformance.mutants` lists",
+        ),
+        (["--self-test", "--check", "mask.nothing"], "unknown check 'mask.nothing'"),
+        (["--self-test", "--dtype", "int8"], "unknown dtype 'int8'"),
+    ],
+)
+def test_bad_usage(arguments, said):
+    ran = check(*arguments)
+    assert ran.returncode == 2
+    assert said in ran.stderr
+
+
+def test_the_list_of_mutants():
+    ran = run_module(module="refspan.conformance.mutants")
+    lines = ran.stdout.splitlines()
+    assert [line.split()[1] for line in lines] == list(MUTANTS)
+    assert any("seen in lucidrains/learning-to-expire-pytorch" in line for line in lines)
+
+
+def test_every_mutant_says_what_it_is():
+    select()
+    assert len(MUTANTS) >= 100
+    for one in MUTANTS.values():
+        assert one.change
+        assert "\n" not in one.change
+        assert set(one.killed_by) <= set(CHECKS)
