@@ -26,6 +26,9 @@ OPTIONS = {
     "expected-failures": "File of `check: reason, link` entries, see docs/conformance.md.",
 }
 
+WRONG = pytest.StashKey[str]()
+"""What is wrong with the options, if anything."""
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add our options."""
@@ -49,14 +52,20 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     from refspan.conformance.runner import select
     from refspan.errors import SetupError
 
-    if _option(metafunc.config, "backend") is None:
-        _refuse("name a backend, for example --refspan-backend=numpy")
-    levels = _option(metafunc.config, "level")
+    levels, checks = _option(metafunc.config, "level"), []
     try:
+        if _option(metafunc.config, "backend") is None:
+            raise SetupError("name a backend, for example --refspan-backend=numpy")
         checks = select(levels.split(",") if levels else ())
-    except SetupError as error:
-        _refuse(error)
+    except SetupError as error:  # raised here, it would be shown as an error of this file, with a traceback
+        metafunc.config.stash[WRONG] = str(error)
     metafunc.parametrize("refspan_check", checks, ids=[check.id for check in checks])
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Say what is wrong with the options."""
+    if WRONG in session.config.stash:
+        raise pytest.UsageError(f"refspan: {session.config.stash[WRONG]}")
 
 
 @pytest.fixture(scope="session")
