@@ -19,20 +19,23 @@ BUILT_IN = {
     "numpy": "refspan.conformance.backends.reference:NumpyBackend",
     "cupy": "refspan.conformance.backends.reference:CupyBackend",
     "onnxruntime": "refspan.conformance.backends.onnxruntime:OnnxRuntimeBackend",
+    "onnx-reference": "refspan.conformance.backends.onnx_reference:OnnxReferenceBackend",
+    "openvino": "refspan.conformance.backends.openvino:OpenVinoBackend",
 }
 """Name -> where it is."""
 
 ENTRY_POINTS = "refspan.backends"
 EXEC = "exec:"
+ONNX = "onnx:"
 
 
 def load_backend(text: str, **options: Any) -> Backend:
     """The backend that `text` names.
 
     Args:
-        text: `numpy`, `cupy`, `onnxruntime`, a name registered under the entry-point group `refspan.backends`,
-            `package.module:attribute` or `path/to/file.py:attribute`, or `exec:COMMAND` (docs/protocol.md). The
-            attribute is a class, a factory or an instance.
+        text: `numpy`, `cupy`, `onnxruntime`, `onnx-reference`, `openvino`, a name registered under the entry-point
+            group `refspan.backends`, `package.module:attribute`, `path/to/file.py:attribute`, `onnx:FILE` or
+            `exec:COMMAND`, see docs/conformance.md. The attribute is a class, a factory or an instance.
         options: handed to the class or factory, None meaning that its own default holds (`device="cuda"`, ..).
 
     Raises:
@@ -91,6 +94,13 @@ def _made(factory: Any, options: dict[str, Any], text: str) -> Any:
 
 
 def _find(text: str) -> Any:
+    if text.startswith(ONNX):
+        from refspan.conformance.backends.onnx_file import OnnxFileBackend
+
+        def open_files(device: str = "cpu") -> Any:
+            return OnnxFileBackend(text.removeprefix(ONNX), device)
+
+        return open_files
     if text in BUILT_IN:
         return _attribute(BUILT_IN[text], text)
     registered = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
@@ -102,8 +112,8 @@ def _find(text: str) -> Any:
     if ":" not in text:
         names = ", ".join([*BUILT_IN, *sorted(registered)])
         raise SetupError(
-            f"unknown backend {text!r}; expected one of {names}, package.module:attribute, path/to/file.py:attribute "
-            "or exec:COMMAND"
+            f"unknown backend {text!r}; expected one of {names}, package.module:attribute, path/to/file.py:attribute, "
+            "onnx:FILE or exec:COMMAND"
         )
     return _attribute(text, text)
 

@@ -13,8 +13,9 @@ from refspan.interrupt import note_interrupts
 
 
 @click.command("check")
-@click.option("--backend", "backend_name", metavar="NAME", help="numpy, cupy, onnxruntime, an entry point, "
-              "package.module:attribute, path/to/file.py:attribute or exec:COMMAND.")  # fmt: skip
+@click.option("--backend", "backend_name", metavar="NAME",
+              help="numpy, cupy, onnxruntime, onnx-reference, openvino, an entry point, "
+              "package.module:attribute, path/to/file.py:attribute, onnx:FILE or exec:COMMAND.")  # fmt: skip
 @click.option("--device", metavar="cpu|cuda", help="Device, for a backend that has a choice.")
 @click.option("--form", metavar="fused|portable", help="Form of the ONNX graph, for the onnxruntime backend.")
 @click.option(
