@@ -75,14 +75,20 @@ class Probe:
         """Largest error so far, as a fraction of its bound."""
         self.backend_seconds = 0.0
         """Spent waiting for the backend."""
+        self.asked: tuple[Any, ...] = ()
+        """What was asked last."""
+        self.compared: dict[str, Expected] = {}
+        """What the answers to it were compared with so far, by the names that checks give them."""
 
     def soft_mask(self, *asked: Memories) -> list[Array]:
         """Masks [B, M, N] of these memories, asked one after the other."""
+        self.asked, self.compared = asked, {}
         shapes = [Shapes({"": ((len(m.span), m.queries, m.span.shape[1]), str(m.span.dtype))}) for m in asked]
         return self._ask(self._session.call, "soft_mask", [m.arguments() for m in asked], shapes)
 
     def attention(self, *asked: AttentionCase) -> list[Array]:
         """Outputs [B, H, M, D] of these attention steps, asked one after the other."""
+        self.asked, self.compared = asked, {}
         shapes = [Shapes({"": (case.query.shape, str(case.query.dtype))}) for case in asked]
         return self._ask(self._session.call, "span_attention", [case.arguments() for case in asked], shapes)
 
@@ -94,6 +100,7 @@ class Probe:
 
     def gradients(self, *asked: AttentionCase) -> list[Mapping[str, Array]]:
         """Gradients of these attention steps by name, asked one after the other."""
+        self.asked, self.compared = asked, {}
         names = ("query", "key", "value", "position")
         shapes = []
         for case in asked:
@@ -124,6 +131,7 @@ class Probe:
         Raises:
             Misbehaviour: where it is furthest off, what it is and what it should be.
         """
+        self.compared[what] = expected
         if got.size == 0:
             return
         value, bound = (np.broadcast_to(x, got.shape) for x in (expected.value, expected.bound))

@@ -21,6 +21,8 @@ from refspan.conformance.protocol import EXAMPLES
 from refspan.conformance.registry import CHECKS, LEVELS, Check, Probe
 from refspan.conformance.report import Failure, Known, Report, Result, Status
 from refspan.conformance.sessions import Hung, Session
+from refspan.conformance.tolerance import Expected
+from refspan.conformance.vectors.vector import OF_LEVEL, Vector, vector_of
 from refspan.errors import SetupError
 
 DTYPES = ("float16", "float32", "float64")
@@ -67,6 +69,7 @@ def run(
     replay: Callable[[str], str] = "refspan check --check {}".format,
     tick: Callable[[Check, int], None] = lambda check, example: None,  # noqa: ARG005
     expected: Mapping[str, Known] = MappingProxyType({}),
+    keep: Callable[[Vector], None] = lambda vector: None,  # noqa: ARG005
 ) -> Iterator[Result]:
     """Run `checks`, yield each result and add it to `report`; mark the report complete at the end.
 
@@ -82,11 +85,12 @@ def run(
         replay: the command that runs the check of an id again.
         tick: called before each example.
         expected: check -> why it is expected to fail.
+        keep: called with the smallest counterexample of each failure that is about one attention step.
     """
     checks = list(checks)
     report.planned = len(checks)
     for one in checks:
-        result = _run_one(session, one, np.dtype(dtype), seed, examples, replay(one.id), tick)
+        result = _run_one(session, one, np.dtype(dtype), seed, examples, replay(one.id), tick, keep)
         if one.id in expected:
             result = replace(result, known=expected[one.id])
             if result.status == "failed":
@@ -107,11 +111,13 @@ def _run_one(
     examples: int,
     replay: str,
     tick: Callable[[Check, int], None],
+    keep: Callable[[Vector], None],
 ) -> Result:
     probe = Probe(session)
     asked = 0
-    shrunk: tuple[Any, Misbehaviour] | None = None
-    lost: tuple[Any, Misbehaviour] | None = None  # the case that hung or killed the backend: asked once, not shrunk
+    # (case, what was wrong, the one question that showed it and what was expected, or else the case itself)
+    shrunk: tuple[Any, Misbehaviour, Any, Mapping[str, Expected]] | None = None
+    lost: tuple[Any, Misbehaviour, Any, Mapping[str, Expected]] | None = None  # hung or died: asked once, not shrunk
 
     def ask(case: Any) -> None:
         nonlocal asked, shrunk, lost
@@ -121,11 +127,13 @@ def _run_one(
         asked += 1
         try:
             check.body(probe, case)
-        except Hung as error:
-            lost = case, error
-            raise
         except Misbehaviour as error:
-            shrunk = case, error
+            alone = len(probe.asked) == 1
+            found = case, error, probe.asked[0] if alone else case, dict(probe.compared) if alone else {}
+            if isinstance(error, Hung):
+                lost = found
+            else:
+                shrunk = found
             raise
 
     start = time.perf_counter()
@@ -152,7 +160,14 @@ def _run_one(
         found = lost or shrunk
         if found is None:
             return result(status, Failure(f"the check could not be finished{note}", (), replay))
-        case, error = found
+        case, error, question, compared = found
+        if (operation := OF_LEVEL.get(check.level)) is not None:
+            purpose = check.purpose.partition("\n")[0]
+            vector = vector_of(
+                question, operation, check=check.id, clauses=check.clauses, purpose=purpose, compared=compared
+            )
+            if vector is not None:
+                keep(vector)
         pictures = tuple(pictures_of(case, error.row))
         return result(status, Failure(f"{error}{note}", tuple(case.describe()), replay, pictures))
     return result(status)

@@ -16,6 +16,7 @@ COMMANDS = {
     "generate": "Continue a text with an exported model.",
     "import": "Read a model that the original implementation trained.",
     "run": "Score a text or token file with an exported model.",
+    "vectors": "Write frozen cases of the conformance suite, or check a folder of them.",
 }
 """Command name -> what it does. The command itself is `refspan.commands.NAME:command`; `import` is in `import_`."""
 

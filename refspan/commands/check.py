@@ -2,7 +2,7 @@
 
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -10,6 +10,9 @@ from refspan.conformance.protocol import EXAMPLES, TIMEOUT
 from refspan.errors import SetupError
 from refspan.files import check_writable, write_whole
 from refspan.interrupt import note_interrupts
+
+if TYPE_CHECKING:
+    from refspan.conformance.vectors.vector import Vector
 
 
 @click.command("check")
@@ -45,6 +48,10 @@ from refspan.interrupt import note_interrupts
 )
 @click.option("--self-test", is_flag=True, help="Hold the checks themselves against backends known to be wrong.")
 @click.option("--mutant", "mutants", multiple=True, metavar="NAME", help="With --self-test: only this one; repeatable.")
+@click.option("--vectors", "vectors_path", type=click.Path(path_type=Path), metavar="DIR",
+              help="Ask what the vectors in DIR ask (see `refspan vectors`), instead of checks.")  # fmt: skip
+@click.option("--save-failures", "failures_path", type=click.Path(path_type=Path), metavar="DIR",
+              help="Add the smallest counterexamples of attention steps to the vectors in DIR.")  # fmt: skip
 @click.option("--list", "only_list", is_flag=True, help="List the checks and what they check, and run none.")
 @click.pass_context
 def command(
@@ -64,6 +71,8 @@ def command(
     html: Path | None,
     badge: Path | None,
     expected_path: Path | None,
+    vectors_path: Path | None,
+    failures_path: Path | None,
     only_list: bool,
     self_test: bool,
     mutants: tuple[str, ...],
@@ -84,8 +93,14 @@ def command(
     from refspan.conformance.loading import session_of
     from refspan.conformance.report import Report
     from refspan.conformance.runner import DTYPES, facts_of_run, run, select
+    from refspan.conformance.vectors.folder import write_folder
+    from refspan.conformance.vectors.reading import read_folder
+    from refspan.conformance.vectors.replay import checks_of
 
+    if vectors_path is not None and (levels or ids):
+        raise click.UsageError("--vectors takes the place of checks: leave --level and --check out.", ctx)
     checks = select(levels, ids)
+    vectors = None if vectors_path is None else read_folder(vectors_path)
     if only_list:
         for one in checks:
             click.echo(f"{one.id:<28} {' '.join(one.clauses):<28} {one.purpose.partition(chr(10))[0]}")
@@ -104,6 +119,8 @@ def command(
     if session.dtypes and dtype not in session.dtypes:
         session.close()
         raise SetupError(f"backend {backend_name!r} does not take dtype {dtype}; it takes {', '.join(session.dtypes)}")
+    if vectors is not None:
+        checks = checks_of(vectors, session.dtypes)
     report = Report(facts_of_run(session, dtype=dtype, seed=seed, examples=examples))
     replay = ["refspan", "check", "--backend", backend_name]
     for name, value in (("--device", device), ("--form", form)):
@@ -112,7 +129,10 @@ def command(
     replay += ["--timeout", f"{timeout:g}"] if timeout != TIMEOUT else []
 
     def replay_of(id_: str) -> str:
-        return shlex.join([*replay, "--check", id_])
+        which = ["--check", id_] if vectors_path is None else ["--vectors", str(vectors_path)]
+        return shlex.join([*replay, *which])
+
+    saved: list[Vector] = []
 
     interrupted = False
     asked_to_stop = note_interrupts()
@@ -120,12 +140,14 @@ def command(
         for line in report.header():
             click.echo(line)
         click.echo()
-        options = {"dtype": dtype, "seed": seed, "replay": replay_of, "expected": expected}
+        options = {"dtype": dtype, "seed": seed, "replay": replay_of, "expected": expected, "keep": saved.append}
         _run(run, session, checks, report, asked_to_stop, examples=examples, **options)
     except KeyboardInterrupt:
         interrupted = True
     finally:
         session.close()
+        if failures_path is not None and saved:
+            write_folder(failures_path, saved)
         for form, path in files.items():
             # what is only half of a report never takes the place of a whole one
             half = not report.complete and path.exists()

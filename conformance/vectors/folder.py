@@ -1,0 +1,120 @@
+"""A folder of vectors: layout, writing, reading with suspicion, and a check of its soundness.
+
+    manifest.json                          version, and for each case what manifest.schema.json says
+    ID/case.safetensors                    input.NAME, expected.NAME (float64), bound.NAME (float64)
+    ID/model.onnx                          the same as the backend tests of ONNX have it: our graph of the operation,
+    ID/test_data_set_0/input_0.pb, ..      its inputs in the graph's order,
+    ID/test_data_set_0/output_0.pb, ..     and its outputs, rounded to their dtype
+
+The same cases give the same bytes, with the same versions of refspan and onnx.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from hashlib import sha256
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+
+import refspan
+from refspan.conformance.vectors.onnx_layout import onnx_files
+from refspan.conformance.vectors.reading import FIELDS, MANIFEST, VERSION, content_of, entries_of, read_vector
+from refspan.conformance.vectors.vector import Vector
+from refspan.errors import SetupError
+from refspan.files import write_whole
+
+
+def write_folder(path: Path, vectors: Sequence[Vector]) -> None:
+    """Write vectors into a folder, which is made if need be; cases that are there already stay.
+
+    Raises:
+        SetupError: the folder holds something else, or cannot be written.
+    """
+    before = entries_of(path) if (path / MANIFEST).exists() else {}
+    if not before and path.exists() and any(path.iterdir()):
+        raise SetupError(f"{path}: is not empty, and holds no vectors; expected a new folder, or one of vectors")
+    entries = dict(before)
+    for vector in vectors:
+        contents = dict(_files_of(vector))
+        try:
+            for name, content in contents.items():
+                target = path / vector.id / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                write_whole(target, content)
+        except OSError as error:
+            raise SetupError(f"{path}: cannot be written: {error.strerror}") from None
+        hashes = {name: sha256(content).hexdigest() for name, content in sorted(contents.items())}
+        entries[vector.id] = {"id": vector.id, **_described(vector), "files": hashes}
+    tree = {
+        "refspan_vectors": VERSION,
+        "refspan": refspan.__version__,
+        "cases": [entries[id_] for id_ in sorted(entries)],
+    }
+    write_whole(path / MANIFEST, (json.dumps(tree, indent=1, allow_nan=False) + "\n").encode())
+
+
+def lint_folder(path: Path) -> Iterator[str]:
+    """What is wrong with a folder, a line each: files against the manifest, ids, hashes, ONNX files, right answers."""
+    entries = entries_of(path)
+    for name in sorted({one.name for one in path.iterdir()} - {MANIFEST} - set(entries)):
+        yield f"{name}: is not in the manifest"
+    for id_, entry in entries.items():
+        try:
+            vector = read_vector(path, entry)
+        except SetupError as error:
+            yield str(error)
+            continue
+        if vector.id != id_:
+            yield f"{id_}: its contents have the id {vector.id}"
+        wanted = dict(_files_of(vector))
+        there = {p.relative_to(path / id_).as_posix() for p in (path / id_).rglob("*") if not p.is_dir()}
+        for name in sorted(there ^ set(wanted)):
+            yield f"{id_}/{name}: is {'missing' if name in wanted else 'not part of a case'}"
+        for name in sorted(there & set(wanted)):
+            content = content_of(path, f"{id_}/{name}")
+            if sha256(content).hexdigest() != entry["files"].get(name):
+                yield f"{id_}/{name}: is not what the manifest has the hash of"
+            elif content != wanted[name]:
+                yield f"{id_}/{name}: is not what this case has with refspan {refspan.__version__} and this onnx"
+        yield from _wrong_answers(vector)
+
+
+def _wrong_answers(vector: Vector) -> Iterator[str]:
+    """Whether the reference in float64 agrees with what is said to be right."""
+    x = {name: a if a.dtype == np.int64 else a.astype(np.float64) for name, a in vector.inputs.items()}
+    if vector.operation == "soft_mask":
+        results = {"mask": refspan.soft_mask(x["span"], x["age"], queries=vector.queries, ramp=vector.ramp)}
+    else:
+        arrays = [x[name] for name in ("query", "key", "value", "span", "age")]
+        output, saved = refspan.span_attention(*arrays, ramp=vector.ramp, position=x.get("position"))
+        results = {"output": output}
+        if vector.operation == "span_attention_backward":
+            grads = refspan.span_attention_backward(x["grad_out"], saved)._asdict()
+            results = {name: grad for name, grad in grads.items() if grad is not None}
+    for name, expected in vector.expectations().items():
+        with np.errstate(invalid="ignore"):
+            off = ~(np.abs(results[name] - expected.value) <= expected.bound + 1e-12 * np.abs(expected.value))
+        if np.any(off & np.isfinite(expected.bound)):
+            yield f"{vector.id}: what it says of {name} is not what the specification says"
+
+
+def _described(vector: Vector) -> dict[str, Any]:
+    return {name: getattr(vector, name) for name in FIELDS} | {"dtype": vector.dtype}
+
+
+def _files_of(vector: Vector) -> Iterator[tuple[str, bytes]]:
+    """Name within the folder of the case -> content."""
+    tensors = {f"input.{name}": array for name, array in vector.inputs.items()}
+    tensors |= {f"expected.{name}": array for name, array in vector.expected.items()}
+    tensors |= {f"bound.{name}": array for name, array in vector.bound.items()}
+    yield "case.safetensors", safetensors.numpy.save({n: np.ascontiguousarray(x) for n, x in tensors.items()})
+    yield from onnx_files(vector)
+
+
+def schema() -> dict[str, Any]:
+    """What a manifest must look like, as JSON schema."""
+    tree: dict[str, Any] = json.loads(files("refspan.conformance.vectors").joinpath("manifest.schema.json").read_text())
+    return tree

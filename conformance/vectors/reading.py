@@ -1,0 +1,157 @@
+"""Reading a folder of vectors that somebody else may have made: nothing in it is believed."""
+
+import json
+import re
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from safetensors import SafetensorError
+
+from refspan.clauses import CLAUSES
+from refspan.conformance.protocol import Array
+from refspan.conformance.vectors.vector import INPUTS, Vector
+from refspan.errors import SetupError
+
+VERSION = 1
+"""Of the layout."""
+MANIFEST = "manifest.json"
+LARGEST = 1 << 26
+"""Bytes of a file that is read."""
+MOST = 100_000
+"""Cases of a folder."""
+ID = re.compile(r"(soft_mask|span_attention|span_attention_backward)-[0-9a-f]{16}")
+FIELDS = ("operation", "ramp", "queries", "check", "clauses", "purpose", "notes", "kills")
+
+
+def read_folder(path: Path) -> list[Vector]:
+    """All vectors of a folder, that somebody else may have made.
+
+    Raises:
+        SetupError: it is no such folder; a file is missing, too large, a link, or says something impossible.
+    """
+    return [read_vector(path, entry) for entry in entries_of(path).values()]
+
+
+def entries_of(path: Path) -> dict[str, dict[str, Any]]:
+    """The manifest's cases by id."""
+    where = path / MANIFEST
+    try:
+        tree = json.loads(content_of(path, MANIFEST))
+        version, cases = tree["refspan_vectors"], tree["cases"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise SetupError(f"{where}: is not a manifest of vectors, as `refspan vectors` writes it") from None
+    if version != VERSION:
+        raise SetupError(f"{where}: has version {str(version)[:20]}, this refspan reads version {VERSION}")
+    if not isinstance(cases, list) or len(cases) > MOST:
+        raise SetupError(f"{where}: `cases` is no list of at most {MOST} cases")
+    entries = {}
+    for entry in cases:
+        _check_entry(where, entry)
+        entries[entry["id"]] = entry
+    return entries
+
+
+def _check_entry(where: Path, entry: Any) -> None:
+    """Raise unless an entry is as manifest.schema.json says."""
+    id_ = entry.get("id") if isinstance(entry, dict) else None
+    if not isinstance(id_, str) or not ID.fullmatch(id_):
+        raise SetupError(f"{where}: got id {str(id_)[:80]!r}, expected an operation, a dash and 16 hexadecimal digits")
+
+    def words(name: str) -> bool:
+        return isinstance(entry.get(name), list) and all(isinstance(word, str) for word in entry[name])
+
+    files_ = entry.get("files")
+    right = {
+        "operation": entry.get("operation") == id_.rpartition("-")[0],
+        "ramp": isinstance(entry.get("ramp"), float) and isfinite(entry["ramp"]) and entry["ramp"] > 0,
+        "queries": isinstance(entry.get("queries"), int) and 0 < entry["queries"] < 1 << 20,
+        "check": isinstance(entry.get("check"), str),
+        "purpose": isinstance(entry.get("purpose"), str),
+        "clauses": words("clauses") and set(entry["clauses"]) <= set(CLAUSES),
+        "notes": words("notes"),
+        "kills": words("kills"),
+        "files": isinstance(files_, dict) and all(isinstance(x, str) for x in files_.values()),
+    }
+    for name, fine in right.items():
+        if not fine:
+            raise SetupError(f"{where}: {id_}: `{name}` is {str(entry.get(name))[:80]!r}; see manifest.schema.json")
+
+
+def fields_of(entry: dict[str, Any]) -> dict[str, Any]:
+    """What a manifest says of a case, as `Vector` takes it."""
+    return {name: tuple(entry[name]) if isinstance(entry[name], list) else entry[name] for name in FIELDS}
+
+
+def read_vector(path: Path, entry: dict[str, Any]) -> Vector:
+    """The case of one entry of the manifest; raises SetupError."""
+    where = f"{entry['id']}/case.safetensors"
+    try:
+        tensors = safetensors.numpy.load(content_of(path, where))
+    except (SafetensorError, KeyError, TypeError, ValueError):
+        raise SetupError(f"{path / where}: is no safetensors file, or a damaged one") from None
+    parts: dict[str, dict[str, Array]] = {"input": {}, "expected": {}, "bound": {}}
+    for name, array in tensors.items():
+        kind, _, rest = name.partition(".")
+        if kind not in parts:
+            raise SetupError(f"{path / where}: has a tensor {name[:80]!r}, expected input.., expected.. or bound..")
+        parts[kind][rest] = array
+    fields: dict[str, Any] = {
+        name: tuple(entry[name]) if isinstance(entry[name], list) else entry[name] for name in FIELDS
+    }
+    vector = Vector(inputs=parts["input"], expected=parts["expected"], bound=parts["bound"], **fields)
+    _check_shapes(path / where, vector)
+    return vector
+
+
+def _check_shapes(where: Path, vector: Vector) -> None:
+    """Raise unless tensors are there and fit each other."""
+    x = vector.inputs
+    needed = set(INPUTS[vector.operation])
+    if not needed - {"position"} <= set(x) <= needed:
+        raise SetupError(f"{where}: has inputs {', '.join(sorted(x))}; expected {', '.join(INPUTS[vector.operation])}")
+    if x["span"].ndim != 2 or x["age"].dtype != np.int64 or str(x["span"].dtype) not in ("float32", "float64"):
+        raise SetupError(f"{where}: `span` or `age` is no [B, N], or of another dtype than float and int64")
+    batch, memories = x["span"].shape
+    shapes: dict[str, tuple[int, ...]] = {"age": x["span"].shape}
+    results: dict[str, tuple[int, ...]] = {"mask": (batch, vector.queries, memories)}
+    if vector.operation != "soft_mask":
+        if x["query"].ndim != 4 or str(x["query"].dtype) not in ("float16", "float32", "float64"):
+            raise SetupError(f"{where}: `query` is no [B, H, M, D] of floating-point numbers")
+        _, heads, _, size = x["query"].shape
+        query, key = (batch, heads, vector.queries, size), (batch, heads, memories, size)
+        shapes |= {"query": query, "key": key, "value": key, "grad_out": query}
+        results = {"output": query}
+        if "position" in x:
+            shapes["position"] = (len(x["position"]) if x["position"].ndim else 0, size)
+        if vector.operation == "span_attention_backward":
+            results = {"query": query, "key": key, "value": key, "span": (batch, memories)}
+            results |= {"position": shapes["position"]} if "position" in x else {}
+    wrong = [n for n, array in x.items() if array.shape != shapes.get(n, array.shape)]
+    wrong += [
+        n for n in ("query", "key", "value", "position", "grad_out") if n in x and str(x[n].dtype) != vector.dtype
+    ]
+    for part in (vector.expected, vector.bound):
+        wrong += sorted(set(results) ^ set(part))
+        wrong += [n for n in part if n in results and (part[n].shape != results[n] or part[n].dtype != np.float64)]
+    if wrong:
+        raise SetupError(f"{where}: {wrong[0]!r} is missing, of another shape or dtype than the rest, or too much")
+
+
+def content_of(path: Path, name: str) -> bytes:
+    """A file of the folder: a regular one, no link on the way to it, and not too large."""
+    step = path
+    for part in name.split("/"):
+        step = step / part
+        if step.is_symlink():
+            raise SetupError(f"{step}: is a link; expected a file of the folder itself")
+    if not step.is_file():
+        raise SetupError(f"{step}: {'is not a regular file' if step.exists() else 'no such file'}")
+    if step.stat().st_size > LARGEST:
+        raise SetupError(f"{step}: has {step.stat().st_size} bytes, expected at most {LARGEST}")
+    try:
+        return step.read_bytes()
+    except OSError as error:
+        raise SetupError(f"{step}: cannot be read: {error.strerror}") from None

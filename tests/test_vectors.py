@@ -1,0 +1,301 @@
+"""Frozen vectors: written the same every time, read with suspicion, and replayed."""
+
+import json
+import os
+import shutil
+from dataclasses import replace
+
+import jsonschema
+import numpy as np
+import onnx
+import onnx.numpy_helper
+import pytest
+import safetensors.numpy
+from test_check_command import check, run_module
+
+from refspan.conformance.mutants import MUTANTS
+from refspan.conformance.report import Report
+from refspan.conformance.runner import run, select
+from refspan.conformance.sessions import InProcess
+from refspan.conformance.vectors.folder import lint_folder, schema, write_folder
+from refspan.conformance.vectors.frozen import frozen_vectors
+from refspan.conformance.vectors.reading import read_folder
+from refspan.conformance.vectors.replay import checks_of
+from refspan.errors import SetupError
+
+EPSILON = "refspan.conformance.mutants.weights:Epsilon"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    path = tmp_path_factory.mktemp("vectors")
+    write_folder(path, frozen_vectors())
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder of few vectors, to be spoilt."""
+    chosen = {vector.operation: vector for vector in frozen_vectors() if vector.inputs["span"].size > 1}
+    write_folder(tmp_path / "v", list(chosen.values()))
+    return tmp_path / "v"
+
+
+def report_of(backend, vectors):
+    session = InProcess(backend, timeout=10)
+    report = Report({**session.facts})
+    list(run(session, checks_of(vectors), report))
+    session.close()
+    return report
+
+
+def test_frozen_ones_say_why_they_exist():
+    vectors = frozen_vectors()
+    assert len({vector.id for vector in vectors}) == len(vectors) > 50
+    checks = {c.id for c in select()}
+    for vector in vectors:
+        assert vector.check in checks
+        assert vector.purpose
+        assert vector.clauses
+        assert set(vector.kills) <= set(MUTANTS)
+    assert {vector.dtype for vector in vectors} == {"float16", "float32", "float64"}
+    assert {vector.operation for vector in vectors} == {"soft_mask", "span_attention", "span_attention_backward"}
+
+
+def test_the_folder_is_sound_and_as_the_schema_says(whole):
+    assert list(lint_folder(whole)) == []
+    jsonschema.validate(json.loads((whole / "manifest.json").read_text()), schema())
+
+
+def test_the_same_bytes_every_time(whole, tmp_path):
+    again = tmp_path / "again"
+    assert run_module("vectors", again, PYTHONHASHSEED="7").returncode == 0
+    names = sorted(path.relative_to(whole) for path in whole.rglob("*") if path.is_file())
+    assert names == sorted(path.relative_to(again) for path in again.rglob("*") if path.is_file())
+    for name in names:
+        assert (whole / name).read_bytes() == (again / name).read_bytes()
+    write_folder(again, frozen_vectors())  # once more, over what is there
+    assert (whole / "manifest.json").read_bytes() == (again / "manifest.json").read_bytes()
+
+
+def test_ids_come_from_what_is_asked():
+    vector = next(vector for vector in frozen_vectors() if vector.inputs["span"].size)
+    assert replace(vector, purpose="other", kills=(), notes=()).id == vector.id
+    assert replace(vector, ramp=vector.ramp + 1).id != vector.id
+    assert replace(vector, queries=vector.queries + 1).id != vector.id
+    span = vector.inputs["span"].copy()
+    span.flat[0] += 1
+    assert replace(vector, inputs={**vector.inputs, "span": span}).id != vector.id
+
+
+def test_they_reject_the_mutants_that_they_say():
+    vectors = frozen_vectors()
+    for name in ("Epsilon", "OneMaskPerBlock", "SpanGradientWithoutRamp"):
+        report = report_of(MUTANTS[name].make(), vectors)
+        rejected = {r.check.removeprefix("vectors.") for r in report.results if r.status == "failed"}
+        assert rejected == {vector.id for vector in vectors if name in vector.kills}
+        assert rejected
+
+
+def test_they_are_backend_tests_of_onnx(whole):
+    """`onnx.reference` passes them as ONNX's own runner would ask, within our bounds."""
+    from onnx.reference import ReferenceEvaluator
+
+    for vector in read_folder(whole)[::5]:
+        where = whole / vector.id
+        model = onnx.load(where / "model.onnx")
+        data = where / "test_data_set_0"
+
+        def stored(kind, i, data=data):
+            return onnx.numpy_helper.to_array(onnx.load_tensor(data / f"{kind}_{i}.pb"))
+
+        feed = {value.name: stored("input", i) for i, value in enumerate(model.graph.input)}
+        with np.errstate(all="ignore"):
+            results = ReferenceEvaluator(model).run(None, feed)
+        for i, (result, value) in enumerate(zip(results, model.graph.output, strict=True)):
+            wanted = stored("output", i)
+            assert (result.shape, result.dtype) == (wanted.shape, wanted.dtype)
+            bound = vector.bound[value.name.removeprefix("grad_")]
+            with np.errstate(invalid="ignore"):
+                assert np.all((np.abs(result - wanted.astype(float)) <= 2 * bound + 1e-12) | np.isinf(bound))
+
+
+def test_command(whole):
+    ran = check("--backend", "numpy", "--vectors", whole)
+    assert ran.returncode == 0
+    count = len(frozen_vectors())
+    assert f"{count} of {count} passed, 0 failed" in ran.stdout
+    ran = check("--backend", EPSILON, "--vectors", whole)
+    assert ran.returncode == 1
+    assert f"replay: refspan check --backend {EPSILON}" in ran.stdout
+    ran = check("--backend", "numpy", "--vectors", whole, "--level", "mask")
+    assert ran.returncode == 2
+    assert "leave --level and --check out" in ran.stderr
+
+
+def test_failures_are_saved_and_fail_again(tmp_path):
+    path = tmp_path / "failures"
+    ran = check("--backend", EPSILON, "--check", "attention.lone_survivor", "--check", "attention.weights",
+                "--examples", 50, "--save-failures", path)  # fmt: skip
+    assert ran.returncode == 1
+    assert list(lint_folder(path)) == []
+    assert {vector.check for vector in read_folder(path)} == {"attention.lone_survivor", "attention.weights"}
+    ran = check("--backend", EPSILON, "--vectors", path)
+    assert "0 of 2 passed, 2 failed" in ran.stdout
+    ran = check("--backend", "numpy", "--vectors", path)
+    assert ran.returncode == 0
+
+
+def test_passing_saves_nothing(tmp_path):
+    ran = check(
+        "--backend", "numpy", "--check", "mask.values", "--examples", 5, "--save-failures", tmp_path / "failures"
+    )
+    assert ran.returncode == 0
+    assert not (tmp_path / "failures").exists()
+
+
+def manifest(folder):
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def first(folder):
+    return folder / manifest(folder)["cases"][0]["id"]
+
+
+def case_file(folder):
+    return first(folder) / "case.safetensors"
+
+
+def text(content):
+    """Another manifest."""
+    return lambda folder: (folder / "manifest.json").write_bytes(content)
+
+
+def said(**changes):
+    """Another entry for the first case."""
+
+    def spoil(folder):
+        tree = manifest(folder)
+        tree["cases"][0].update(changes)
+        (folder / "manifest.json").write_text(json.dumps(tree))
+
+    return spoil
+
+
+def content(make):
+    """Other bytes in the first case's file."""
+    return lambda folder: case_file(folder).write_bytes(make(folder))
+
+
+def tensor(name, make):
+    """Another tensor there; None to leave it out."""
+
+    def spoil(folder):
+        tensors = safetensors.numpy.load(case_file(folder).read_bytes())
+        tensors[name] = make(tensors.get(name))
+        case_file(folder).write_bytes(safetensors.numpy.save({n: x for n, x in tensors.items() if x is not None}))
+
+    return spoil
+
+
+def link(which):
+    def spoil(folder):
+        target, elsewhere = which(folder), folder.parent / "elsewhere"
+        shutil.move(target, elsewhere)
+        target.symlink_to(elsewhere)
+
+    return spoil
+
+
+def pipe(folder):
+    case_file(folder).unlink()
+    os.mkfifo(case_file(folder))
+
+
+def of_version(version):
+    def spoil(folder):
+        tree = manifest(folder)
+        (folder / "manifest.json").write_text(json.dumps({**tree, "refspan_vectors": version}))
+
+    return spoil
+
+
+DAMAGED = "is no safetensors file, or a damaged one"
+HOSTILE = {
+    "no folder": (shutil.rmtree, "manifest.json: no such file"),
+    "no manifest": (lambda folder: (folder / "manifest.json").unlink(), "manifest.json: no such file"),
+    "no JSON": (text(b"\xff\x00"), "is not a manifest of vectors"),
+    "nested": (text(b"[" * 10**6), "is not a manifest of vectors"),
+    "a list": (text(b"[]"), "is not a manifest of vectors"),
+    "other version": (of_version(9), "has version 9"),
+    "traversal": (said(id="../../etc/passwd"), "got id '../../etc/passwd'"),
+    "absolute": (said(id="/etc/passwd"), "got id '/etc/passwd'"),
+    "hidden traversal": (said(id="span_attention-0123456789abcdef/../.."), "got id"),
+    "ramp": (said(ramp=-1.0), "`ramp` is '-1.0'"),
+    "no number": (said(ramp=float("nan")), "`ramp` is 'nan'"),
+    "queries": (said(queries=10**12), "`queries` is"),
+    "clauses": (said(clauses=["FLY"]), "`clauses` is"),
+    "link": (link(case_file), "is a link; expected a file of the folder itself"),
+    "linked folder": (link(first), "is a link; expected a file of the folder itself"),
+    "missing": (lambda folder: case_file(folder).unlink(), "case.safetensors: no such file"),
+    "a pipe": (pipe, "is not a regular file"),
+    "huge": (lambda folder: os.truncate(case_file(folder), 1 << 40), "expected at most 67108864"),
+    "truncated": (lambda folder: os.truncate(case_file(folder), 100), DAMAGED),
+    "huge header": (content(lambda folder: (2**62).to_bytes(8, "little") + b"{}"), DAMAGED),
+    "protobuf": (content(lambda folder: (first(folder) / "model.onnx").read_bytes()), DAMAGED),
+    "no input": (tensor("input.age", lambda x: None), "has inputs"),
+    "no result": (tensor("expected.mask", lambda x: None), "'mask' is missing"),
+    "other shape": (tensor("input.age", lambda x: x[:, :-1].copy()), "'age' is missing, of another shape"),
+    "other dtype": (tensor("input.age", lambda x: x.astype(np.int32)), "another dtype than float and int64"),
+    "scalar": (tensor("input.span", lambda x: np.array(x.flat[0])), "is no [B, N]"),
+    "more": (tensor("nonsense", lambda x: np.zeros(1)), "has a tensor 'nonsense'"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_folders_are_refused_in_one_line(folder, name):
+    spoil, message = HOSTILE[name]
+    spoil(folder)
+    with pytest.raises(SetupError) as caught:
+        read_folder(folder)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def moved(x):
+    x = x.copy()
+    x.flat[0] += 0.5
+    return x
+
+
+UNSOUND = {
+    "a changed answer": (tensor("expected.mask", moved), "is not what the specification says"),
+    "a changed question": (tensor("input.span", moved), "its contents have the id"),
+    "another file": (lambda folder: (folder / "notes.txt").touch(), "notes.txt: is not in the manifest"),
+    "another file inside": (lambda folder: (first(folder) / "notes").touch(), "notes: is not part of a case"),
+    "no model": (lambda folder: (first(folder) / "model.onnx").unlink(), "model.onnx: is missing"),
+    "another model": (
+        lambda folder: (first(folder) / "model.onnx").write_bytes(b"x"),
+        "is not what the manifest has the hash of",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNSOUND)
+def test_the_linter_finds(folder, name):
+    spoil, message = UNSOUND[name]
+    spoil(folder)
+    assert any(message in fault for fault in lint_folder(folder))
+    ran = run_module("vectors", folder, "--lint")
+    assert ran.returncode == 1
+    assert message in ran.stdout
+
+
+def test_writing_into_what_is_not_ours(tmp_path):
+    (tmp_path / "precious.txt").write_text("mine")
+    with pytest.raises(SetupError, match="is not empty, and holds no vectors"):
+        write_folder(tmp_path, frozen_vectors()[:1])
+    assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
+    ran = run_module("vectors", tmp_path / "precious.txt")
+    assert ran.returncode == 2
+    assert len(ran.stderr.splitlines()) == 1
