@@ -16,11 +16,11 @@ from refspan.conformance.tolerance import Expected
 SIZES = ((7, 6, 10, 1, 1, 4, 3), (11, 12, 20, 2, 2, 5, 4), (5, 8, 9, 2, 3, 3, 2), (13, 10, 16, 3, 2, 4, 5))
 """Vocabulary, hidden, feed-forward, layers, heads, head size, block; H * D is not d."""
 
-SPANS = ("spread", "as at the start", "all near L", "all near 0", "beyond the stream")
+SPANS = ("spread", "as at the start", "all near L", "all near 0", "beyond the stream", "saturated")
 """What the span predictors say, see `_spans`."""
 
 MOST_TOKENS = 40
-"""Of one stream."""
+"""Of one stream, unless more is asked for."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -45,9 +45,17 @@ class ModelCase:
 
 @st.composite
 def models(
-    draw: st.DrawFn, dtype: np.dtype, *, spans: Sequence[str] = SPANS, norms: Sequence[str] = ("post", "pre")
+    draw: st.DrawFn,
+    dtype: np.dtype,
+    *,
+    spans: Sequence[str] = SPANS,
+    norms: Sequence[str] = ("post", "pre"),
+    loudness: float = 1.0,
 ) -> tuple[ModelConfig, dict[str, Array], str]:
-    """A small model with parameters of every kind at work, and what it is like in words."""
+    """A small model with parameters of every kind at work, and what it is like in words.
+
+    `loudness`: what the last weights, and so the logits of tokens, are multiplied with.
+    """
     vocabulary, hidden, inner, layers, heads, head_size, block = draw(st.sampled_from(SIZES))
     kind = draw(st.sampled_from(spans))
     longest = 1000.0 if kind == "beyond the stream" else draw(st.sampled_from((8.0, 3.0, 20.0)))
@@ -74,7 +82,9 @@ def models(
             params[name] = 2 * array
         elif ".span." in name:
             params[name] = _spans(rng, kind, name, array)
-    return config, {name: array.astype(dtype) for name, array in params.items()}, f"{config.norm}-norm, spans {kind}"
+    params["output.weight"] = loudness * params["output.weight"]
+    words = f"{config.norm}-norm, spans {kind}{f', logits times {loudness:g}' if loudness != 1 else ''}"
+    return config, {name: array.astype(dtype) for name, array in params.items()}, words
 
 
 def _spans(rng: np.random.Generator, kind: str, name: str, start: Array) -> Array:
@@ -84,6 +94,8 @@ def _spans(rng: np.random.Generator, kind: str, name: str, start: Array) -> Arra
     weight = name.endswith("weight")
     if kind == "spread":
         return np.asarray(rng.standard_normal(start.shape) * (1.5 if weight else 0.5))
+    if kind == "saturated":  # where exp(z), or exp(-z), is more than float32 holds
+        return np.asarray(0.3 * rng.standard_normal(start.shape) if weight else rng.choice([-200.0, 200.0]))
     bias = {"all near L": 6.0, "all near 0": -12.0, "beyond the stream": 0.0}[kind]
     return np.asarray(0.3 * rng.standard_normal(start.shape) + (0 if weight else bias))
 
@@ -103,6 +115,7 @@ def cases(
     sizes: bool = False,
     projected: bool = False,
     least_tokens: int = 1,
+    most_tokens: int = MOST_TOKENS,
     **about_model: Any,
 ) -> ModelCase:
     """Streams that are opened and stepped in turn, in blocks of random length and single tokens.
@@ -119,6 +132,7 @@ def cases(
         sizes: whether what is held is asked after each step, reset and restore.
         projected: whether the number of projections is asked in the end.
         least_tokens: that each stream reads.
+        most_tokens: that it reads beyond these.
         about_model: see `models`.
     """
     program: list[Operation] = []
@@ -144,7 +158,7 @@ def cases(
         turns -= 1
         name = draw(st.sampled_from(sorted(opened))) if turns > 0 else min(opened, key=read.__getitem__)
         one, kind = opened[name], draw(st.sampled_from(kinds))
-        room = MOST_TOKENS + least_tokens - read[name]
+        room = most_tokens + least_tokens - read[name]
         if kind == "open" and turns > 0:
             opened[name] = open_one(name)
             read[name] = 0

@@ -114,14 +114,16 @@ def _expected(case: TrainingCase, run_block: Callable[..., tuple[_Block, Any]]) 
     dtype = np.dtype(first.params["embedding.weight"].dtype)
     wide = {name: array.astype(np.float64) for name, array in first.params.items()}
     longest = max(first.config.feedforward_size, first.config.hidden_size, first.config.vocab_size) + 8
-    u = Arithmetic.of(dtype).u
+    arithmetic = Arithmetic.of(dtype)
+    u = arithmetic.u
     rng = np.random.default_rng(len(case.program))
     exact = _run(case, wide, run_block)
     strayed = []
     for _ in range(SAMPLES):
         moved = {n: x * (1 + rng.choice([-1.0, 1.0], x.shape) * 2 * longest * u) for n, x in wide.items()}
         strayed.append(_run(case, moved, run_block))
-    return [_taught(block, [sample[i] for sample in strayed], u, longest) for i, block in enumerate(exact)]
+    samples = [[sample[i] for sample in strayed] for i in range(len(exact))]
+    return [_taught(*pair, arithmetic, longest) for pair in zip(exact, samples, strict=True)]
 
 
 def _run(case: TrainingCase, params: dict[str, Array], run_block: Callable[..., tuple[_Block, Any]]) -> list[_Block]:
@@ -134,10 +136,11 @@ def _run(case: TrainingCase, params: dict[str, Array], run_block: Callable[..., 
     return results
 
 
-def _taught(exact: _Block, samples: list[_Block], u: float, longest: int) -> Taught:
+def _taught(exact: _Block, samples: list[_Block], arithmetic: Arithmetic, longest: int) -> Taught:
     def expected(value: Array, others: list[Array], size: float) -> Expected:
         moved = max((float(np.max(np.abs(other - value), initial=0.0)) for other in others), default=0.0)
-        return Expected(np.asarray(value), np.asarray(SAFETY * moved + longest * u * size))
+        lost = longest * arithmetic.tiny  # to underflow: the slope of a sigmoid at 200, say
+        return Expected(np.asarray(value), np.asarray(SAFETY * moved + longest * arithmetic.u * size + lost))
 
     task, span, grads = exact
     largest = TERMS * max((float(np.max(np.abs(grad), initial=0.0)) for grad in grads.values()), default=0.0)

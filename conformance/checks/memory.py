@@ -56,6 +56,14 @@ def keeps_all(probe: Probe, case: ModelCase) -> None:
     follow(probe, case)
 
 
+@check("memory.long", clauses=["AGE", "DROP"], needs=NEEDS, cost=10 * COST,
+       cases=some(spans=("beyond the stream", "spread"), least_tokens=300, most_tokens=0, rows=(2,),
+                  resets=True))  # fmt: skip
+def long(probe: Probe, case: ModelCase) -> None:
+    """Streams of 300 tokens, rows reset now and then: ages, and marks of empty places, outlast a few bits."""
+    follow(probe, case)
+
+
 @check("memory.start", clauses=["START"], needs=NEEDS, cost=COST, cases=some(memory=False, least_tokens=2))
 def start(probe: Probe, case: ModelCase) -> None:
     """A stream starts empty: the first token finds no memory, and no phantom ones take part in later weights."""

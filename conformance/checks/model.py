@@ -57,3 +57,9 @@ def normalised(probe: Probe, case: ModelCase) -> None:
         size = np.max(np.abs(answers[i].astype(np.float64)), axis=-1)
         bound = arithmetic.u * (answers[i].shape[-1] + 8 + 8 * size)
         probe.compare(f"sum of probabilities of {case.program[i]}", total, Expected(np.ones_like(total), bound))
+
+
+@check("model.large_logits", clauses=["MODEL"], needs=NEEDS, cost=COST, cases=some(loudness=300.0))
+def large_logits(probe: Probe, case: ModelCase) -> None:
+    """Logits of tokens in the hundreds neither overflow nor underflow on the way to log-probabilities."""
+    follow(probe, case)

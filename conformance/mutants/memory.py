@@ -169,3 +169,11 @@ class InitialMemoriesInOrder(Plain):
         if memory is not None:
             memory = [(h, np.tile(np.arange(h.shape[1], 0, -1), (batch, 1))) for h, _ in memory]
         return super().open_model(config, params, batch=batch, memory=memory)
+
+
+@mutant("memory.long")
+class AgesIn8Bits(Plain):
+    """Ages wrap around after 127."""
+
+    def advance(self, age: Array) -> Array:
+        return (age + 1).astype(np.int8).astype(np.int64)

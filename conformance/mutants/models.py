@@ -186,3 +186,14 @@ class _ForgetsOther(PlainStream):
 @mutant("memory.state_machine", stream=_ForgetsOther)
 class ResetReachesOtherStreams(Plain):
     """Rows are reset in whatever streams are open."""
+
+
+@mutant("model.large_logits")
+class LogSoftmaxWithoutPeak(Plain):
+    """Logits of tokens are exponentiated as they are."""
+
+    def finish(self, config: ModelConfig, params: Parameters, x: Array) -> Array:
+        if config.norm == "pre":
+            x = self.norm(x, params["final_norm.weight"], params["final_norm.bias"])
+        logits = params["output.weight"] @ x + params["output.bias"]
+        return logits - np.log(np.exp(logits).sum())

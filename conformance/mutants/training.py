@@ -236,3 +236,27 @@ class SpansStartAtRandom(NumpyBackend):
         rng = np.random.default_rng(seed)
         return {n: x + 0.1 * rng.standard_normal(x.shape).astype("f4") if n.endswith("span.weight") else x
                 for n, x in params.items()}  # fmt: skip
+
+
+@mutant("training.gradients")
+class SlopeFromLargeExponentials(Patched):
+    """The sigmoid's slope is exp(|z|) / (1 + exp(|z|))^2, which overflows once spans are all but 0 or L."""
+
+    module, target = layer, "expire_span_backward"
+
+    def replacement(self, original: Array) -> Array:
+        def backward(
+            xp: Array,
+            grad_span: Array,
+            hidden: Array,
+            weight: Array,
+            bias: Array,
+            *,
+            max_span: float,
+            temperature: float,
+        ) -> Array:
+            z = np.abs(hidden @ weight / temperature + bias)
+            slope = np.exp(z) / (1 + np.exp(z)) ** 2 / (np.exp(-z) / (1 + np.exp(-z)) ** 2)  # 1, or NaN
+            return original(xp, grad_span * slope, hidden, weight, bias, max_span=max_span, temperature=temperature)
+
+        return backward
