@@ -91,7 +91,7 @@ def test_wheel_has_one_top_level_name(wheel: Path) -> None:
 
 def test_wheel_holds_every_file(wheel: Path) -> None:
     """Packages are listed by name in pyproject.toml: one that was forgotten there would be missing here."""
-    kinds = {".py", ".typed", ".onnxtxt", ".npz", ".md", ".json", ".c", ".sh"}
+    kinds = {".py", ".typed", ".onnxtxt", ".npz", ".md", ".json", ".c", ".sh", ".safetensors"}
     wanted = {
         f"{inside}/{path.relative_to(ROOT / folder).as_posix()}"
         for folder, inside in FOLDERS.items()
@@ -111,7 +111,10 @@ def test_wheel_carries_license_and_command(wheel: Path) -> None:
     assert metadata["Name"] == "refspan"
     assert metadata["License-Expression"] == "MIT"
     assert license_text == (ROOT / "LICENSE").read_text()
-    assert entry_points.split() == ["[console_scripts]", "refspan", "=", "refspan.__main__:main"]
+    assert entry_points.split() == [
+        *("[console_scripts]", "refspan", "=", "refspan.__main__:main"),
+        *("[pytest11]", "refspan", "=", "refspan.conformance.pytest_plugin"),
+    ]
 
 
 def test_base_install_leaves_onnxruntime_to_the_extras(wheel: Path) -> None:

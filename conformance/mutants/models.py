@@ -5,7 +5,7 @@ from typing import ClassVar
 import numpy as np
 
 from refspan.config import ModelConfig
-from refspan.conformance.mutants.plain import Array, Initial, Layer, Memory, Parameters, Plain, PlainStream
+from refspan.conformance.mutants.plain import Array, Initial, Layer, Memory, Parameters, Plain, PlainStream, sigmoid
 from refspan.conformance.mutants.registry import mutant
 
 
@@ -15,7 +15,7 @@ class TemperatureDividesTheBias(Plain):
 
     def span(self, config: ModelConfig, p: Layer, u: Array) -> Array:
         z = (u @ p("span.weight") + p("span.bias")) / u.dtype.type(config.span_temperature)
-        return u.dtype.type(config.max_span) / (1 + np.exp(-z))
+        return u.dtype.type(config.max_span) * sigmoid(z)
 
 
 @mutant("model.spans", seen_in="a port")
@@ -46,7 +46,7 @@ class NoTemperature(Plain):
     """The temperature is never applied."""
 
     def span(self, config: ModelConfig, p: Layer, u: Array) -> Array:
-        return u.dtype.type(config.max_span) / (1 + np.exp(-(u @ p("span.weight") + p("span.bias"))))
+        return u.dtype.type(config.max_span) * sigmoid(u @ p("span.weight") + p("span.bias"))
 
 
 @mutant("memory.short")
@@ -196,4 +196,5 @@ class LogSoftmaxWithoutPeak(Plain):
         if config.norm == "pre":
             x = self.norm(x, params["final_norm.weight"], params["final_norm.bias"])
         logits = params["output.weight"] @ x + params["output.bias"]
-        return logits - np.log(np.exp(logits).sum())
+        with np.errstate(over="ignore"):
+            return logits - np.log(np.exp(logits).sum())

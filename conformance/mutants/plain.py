@@ -18,6 +18,11 @@ Memory = tuple[Array, Array]
 Initial = Sequence[Memory] | None
 
 
+def sigmoid(z: Array) -> Array:
+    """1 / (1 + exp(-z)), for any z."""
+    return np.exp(-np.logaddexp(z.dtype.type(0), -z))
+
+
 class Plain:
     """Expire-Span as one would write it on paper; right, and as slow as it gets."""
 
@@ -39,7 +44,7 @@ class Plain:
 
     def span(self, config: ModelConfig, p: Layer, u: Array) -> Array:
         z = (u / u.dtype.type(config.span_temperature)) @ p("span.weight") + p("span.bias")
-        return u.dtype.type(config.max_span) / (1 + np.exp(-z))
+        return u.dtype.type(config.max_span) * sigmoid(z)
 
     def mask(self, span: Array, age: Array, ramp: float) -> Array:
         soft = np.clip(1 + (span - age.astype(span.dtype)) / span.dtype.type(ramp), 0, 1)

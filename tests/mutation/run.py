@@ -212,8 +212,9 @@ def main(modules, path, processes):
             print(f"{len(found)}: {module}.py:{number} survives\n   {before}\n   {after}", flush=True)
         if path:
             path.write_text(json.dumps(found, indent=1) + "\n")
-    known = tomllib.loads((HERE / "survivors.toml").read_text())["survivor"]
-    names = {(one["module"], one["before"], one["after"]) for one in known if one["module"] in (modules or MODULES)}
+    groups = tomllib.loads((HERE / "survivors.toml").read_text())["group"]
+    groups = [group for group in groups if group["module"] in (modules or MODULES)]
+    names = {(group["module"], *pair) for group in groups for pair in group["mutants"]}
     alive = {(one["module"], one["before"], one["after"]) for one in found if one["killer"] is None}
     for one in sorted(alive - names):
         print("not explained:", *one, sep="\n   ")
