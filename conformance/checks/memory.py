@@ -13,7 +13,7 @@ from refspan.conformance.programs import Open, Operation, Program, Projected, Si
 from refspan.conformance.registry import Probe, check
 
 NEEDS = ["open_model"]
-COST = 3
+COST = 4
 Cases = Callable[[np.dtype], st.SearchStrategy[ModelCase]]
 
 
@@ -56,7 +56,7 @@ def keeps_all(probe: Probe, case: ModelCase) -> None:
     follow(probe, case)
 
 
-@check("memory.long", clauses=["AGE", "DROP"], needs=NEEDS, cost=10 * COST,
+@check("memory.long", clauses=["AGE", "DROP"], needs=NEEDS, cost=8 * COST,
        cases=some(spans=("beyond the stream", "spread"), least_tokens=300, most_tokens=0, rows=(2,),
                   resets=True))  # fmt: skip
 def long(probe: Probe, case: ModelCase) -> None:
