@@ -104,10 +104,16 @@ class ModelBounds:
         largest = np.max(np.abs(x), axis=-1, keepdims=True) + np.max(np.abs(shifted), axis=-1, keepdims=True)
         return self._moved(result, self.u * (4 * largest + x.shape[-1] + 8))
 
-    def _moved(self, x: Array, bound: Array | float) -> Array:
-        """`x` [1 + S, ..] in error by `bound`, up or down, in all samples but the first."""
+    def _moved(self, x: Array, bound: Array | float, *, all_alike: bool = False) -> Array:
+        """`x` [1 + S, ..] in error by `bound`, up or down, in all samples but the first.
+
+        With `all_alike` everything goes up in one sample, and down in another: where rounding decides whether a memory
+        is alive at all, chance shall not leave out one side.
+        """
         sign = self._random.choice(np.array([-1.0, 1.0]), x.shape)
         sign[0] = 0
+        if all_alike:
+            sign[1], sign[2] = 1, -1
         return np.asarray(x + sign * bound)
 
     def _layer(self, i: int, x: Array) -> Array:
@@ -145,9 +151,10 @@ class ModelBounds:
         distance = age + np.arange(length)[:, None]  # [T, N]
         remaining = span[:, None, :] - distance
         error = 3 * self.span_u * (np.abs(span[:, None, :]) + np.abs(distance) + ramp)
-        mask = np.clip(1 + self._moved(remaining, error) / ramp, 0, 1)
+        mask = np.clip(1 + self._moved(remaining, error, all_alike=True) / ramp, 0, 1)
         mask = np.where(distance >= 1, mask, 0)
-        mask = np.clip(self._moved(mask, 3 * self.span_u * np.where((mask > 0) & (mask < 1), 1, 0)), 0, 1)[:, None]
+        rounding = 3 * self.span_u * np.where((mask > 0) & (mask < 1), 1, 0)
+        mask = np.clip(self._moved(mask, rounding, all_alike=True), 0, 1)[:, None]
 
         scale = 1 / np.sqrt(head_size)
         scores = query @ np.swapaxes(key, -1, -2) * scale  # [1 + S, H, T, N]

@@ -67,3 +67,19 @@ def test_what_is_live_before_anything_was_read(norm, slots):
     for history, live in ((History(nothing), 0), (given, min(slots, 2))):
         bounds = ModelBounds(config, params, history)
         assert [bounds.live(layer, 0) for layer in (0, 1)] == [live, live]
+
+
+def test_whether_a_memory_is_alive_at_all_may_be_left_to_rounding():
+    """Spans of 2e-9 leave a mask of 2e-9 one step later with a ramp of one step, and in float32 nothing."""
+    config = refspan.ModelConfig(
+        9, 6, 8, layers=1, heads=1, head_size=4, block_size=3, max_span=3, ramp=1.0, norm="post"
+    )
+    params = refspan.initial_parameters(config, 0, dtype="float32")
+    params["layers.0.span.bias"] = np.float32(-21.0)
+    tokens = np.random.default_rng(0).integers(0, 9, 140)
+    answers = refspan.open_model(config, params, batch=1).step(tokens[None])[0]
+    for length in range(100, 140):
+        expected = ModelBounds(config, params, History(tokens[:length])).expected
+        error = np.abs(answers[:length] - expected.value)
+        assert np.all(error <= expected.bound)
+        assert np.max(error[1:]) > 0.1  # another answer altogether, and right
