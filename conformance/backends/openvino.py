@@ -23,7 +23,7 @@ class OpenVinoBackend(ExportedGraphs):
 
     def __init__(self, form: str = "portable") -> None:
         try:
-            import openvino  # type: ignore[import-untyped, unused-ignore]
+            import openvino
         except ImportError as error:
             raise SetupError(f"OpenVINO is missing ({error}); install it with: pip install openvino") from None
         super().__init__(form)
