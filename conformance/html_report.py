@@ -8,7 +8,7 @@ from refspan.conformance.report import Picture, Report, Result
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1c1e; --paper: #fff; --soft: #f1f2f4; --line: #d0d3d8; --dim: #5a5f66;
-  --pass: #2c7a34; --fail: #b3261e; --known: #8a6d00; --none: #5f6368; --low: 245, 247, 250; --high: 20, 80, 160; }
+  --pass: #2c7a34; --fail: #b3261e; --known: #8a6d00; --none: #5f6368; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e6e8; --paper: #16171a; --soft: #222429; --line: #3c4048;
   --dim: #a3a8b0; --pass: #6cc776; --fail: #ff8a80; --known: #e0b93c; --none: #a3a8b0; } }
 * { box-sizing: border-box; }

@@ -159,15 +159,25 @@ class TestTolerance:
                 outside += np.sum((m < interval.low[0]) | (m > interval.high[0]))
         assert outside == 0
 
-    def test_bounds_are_small_and_seldom_infinite(self):
-        """A bound that allows everything checks nothing. Many memories are put on kinks; yet most bounds are tight."""
+    @pytest.mark.parametrize(
+        ("about", "most"),
+        [
+            # away from kinks, at ages and ramps that float32 has room for, next to nothing is left open
+            ({"fates": ("lives on", "expired", "fades"), "ages": ("stream", "gaps"), "ramps": (2.0, 7.7, 128.0)}, 0.01),
+            # half of the fates lie at a kink of some query, where the specification leaves the gradient open
+            ({}, 0.25),
+        ],
+        ids=["ordinary", "all"],
+    )
+    def test_bounds_are_small_and_seldom_infinite(self, about, most):
+        """A bound that allows everything checks nothing."""
         from hypothesis import HealthCheck, Phase, given, seed, settings
 
         large, total = 0, 0
 
         @seed(0)
-        @settings(max_examples=200, phases=[Phase.generate], suppress_health_check=list(HealthCheck), database=None)
-        @given(attention_cases(np.dtype(np.float32), contents=("normal", "small integers")))
+        @settings(max_examples=300, phases=[Phase.generate], suppress_health_check=list(HealthCheck), database=None)
+        @given(attention_cases(np.dtype(np.float32), contents=("normal", "small integers"), **about))
         def collect(case):
             nonlocal large, total
             bounds = AttentionBounds(case)
@@ -178,7 +188,7 @@ class TestTolerance:
 
         collect()
         assert total > 10_000
-        assert large / total < 0.25
+        assert large / total < most
 
     def test_mask_bound_is_a_few_units_in_the_last_place(self):
         case = wrong_memories([10.3, 10.3, 9.0], [11, 12, 10], ramp=3.0)

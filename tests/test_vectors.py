@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from dataclasses import replace
+from importlib.resources import files
 
 import jsonschema
 import numpy as np
@@ -17,7 +18,7 @@ from refspan.conformance.mutants import MUTANTS
 from refspan.conformance.report import Report
 from refspan.conformance.runner import run, select
 from refspan.conformance.sessions import InProcess
-from refspan.conformance.vectors.folder import lint_folder, schema, write_folder
+from refspan.conformance.vectors.folder import lint_folder, write_folder
 from refspan.conformance.vectors.frozen import frozen_vectors
 from refspan.conformance.vectors.reading import read_folder
 from refspan.conformance.vectors.replay import checks_of
@@ -64,7 +65,9 @@ def test_frozen_ones_say_why_they_exist():
 
 def test_the_folder_is_sound_and_as_the_schema_says(whole):
     assert list(lint_folder(whole)) == []
-    jsonschema.validate(json.loads((whole / "manifest.json").read_text()), schema())
+    schema = json.loads(files("refspan.conformance.vectors").joinpath("manifest.schema.json").read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate(json.loads((whole / "manifest.json").read_text()), schema)
 
 
 def test_the_same_bytes_every_time(whole, tmp_path):
@@ -144,6 +147,33 @@ def test_failures_are_saved_and_fail_again(tmp_path):
     assert "0 of 2 passed, 2 failed" in ran.stdout
     ran = check("--backend", "numpy", "--vectors", path)
     assert ran.returncode == 0
+
+
+def test_a_folder_for_failures_that_is_none_is_refused_before_the_run(tmp_path):
+    (tmp_path / "precious.txt").write_text("mine")
+    for path in (tmp_path, tmp_path / "precious.txt"):
+        ran = check("--backend", EPSILON, "--check", "attention.weights", "--save-failures", path)
+        assert (ran.returncode, ran.stdout) == (2, "")
+        assert len(ran.stderr.splitlines()) == 1
+
+
+def test_a_report_is_written_even_if_failures_cannot_be_saved(tmp_path, monkeypatch):
+    """What stands in the way may have come during the run."""
+    from click.testing import CliRunner
+
+    from refspan.commands.check import command
+    from refspan.conformance.vectors import folder
+
+    def full(path, vectors):
+        raise SetupError(f"{path}: cannot be written: No space left on device")
+
+    monkeypatch.setattr(folder, "write_folder", full)
+    report = tmp_path / "report.json"
+    arguments = ["--backend", EPSILON, "--check", "attention.weights", "--examples", "20", "--json", str(report)]
+    ran = CliRunner().invoke(command, [*arguments, "--save-failures", str(tmp_path / "failures")])
+    assert isinstance(ran.exception, SetupError)
+    assert "0 of 1 passed, 1 failed" in ran.output
+    assert json.loads(report.read_text())["complete"]
 
 
 def test_passing_saves_nothing(tmp_path):

@@ -162,8 +162,8 @@ class CommandBackend:
         self._forget.append(name)
 
     def close(self) -> None:
-        """End the command."""
-        self._child.close()
+        """Tell the command to stop, and see to it that it does."""
+        self._child.close(last_words=message({"cmd": "stop"}, {}))
 
 
 def _step(
@@ -225,8 +225,8 @@ class CommandSession:
         self._start = partial(CommandBackend, command, timeout)
         self._gone = ""
         self._backend = self._start()
-        self.facts: Mapping[str, str] = {"backend": self._backend.name, "command": one_line(command)}
-        self.facts = {**self.facts, **{one_line(n): one_line(x) for n, x in self._backend.facts().items()}}
+        said = {one_line(name): one_line(value) for name, value in self._backend.facts().items()}
+        self.facts: Mapping[str, str] = {"backend": self._backend.name, "command": one_line(command), **said}
         self.dtypes: Sequence[str] = self._backend.dtypes
 
     def call(self, operation: str, calls: Sequence[Mapping[str, Any]], shapes: Sequence[Shapes]) -> list[Any]:

@@ -56,6 +56,7 @@ class Child:
         """What it wrote and nobody has taken yet."""
         self._said = bytearray()
         """The end of its stderr."""
+        self._closed = False
         self._deadline = 0.0
         self._what = ""
 
@@ -102,8 +103,14 @@ class Child:
         self._take_stderr()
         return one_line(self._said[-LAST_WORDS:].decode(errors="replace"))
 
-    def close(self, seconds: float = 1.0) -> None:
-        """End it together with all that it started; it may do so itself for a moment, once its stdin is closed."""
+    def close(self, *, last_words: bytes = b"", seconds: float = 1.0) -> None:
+        """End it together with all that it started; for a moment it may do so itself. Closing again does nothing."""
+        if self._closed:  # the numbers of its pipes and process may be somebody else's by now
+            return
+        self._closed = True
+        self.begin("stop", seconds)
+        with suppress(Hung):
+            self.write(last_words)
         for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
             if pipe is not None:
                 pipe.close()

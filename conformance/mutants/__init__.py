@@ -3,8 +3,8 @@
 from refspan.conformance.mutants import MUTANTS, RIGHT
 
 Each is a small, documented change of a right one: `Dense`, an attention step on full arrays; `Plain`, a model that
-reads one token at a time; or the reference itself, of which a line of source is changed (`edits`) or a function
-replaced (`training`). The right ones are there too: the suite must accept them.
+reads one token at a time; or the reference itself with a function replaced (`training`). The right ones are there too:
+the suite must accept them. `edited` makes copies of the reference with other source, for automatic mutation.
 """
 
 from collections.abc import Callable

@@ -21,19 +21,10 @@ class CachesByShape(Dense):
         found: Any = super().soft_mask(span, age, queries=queries, ramp=ramp)
         return self.masks.setdefault((span.shape, queries, ramp), found).copy()
 
-    def span_attention(
-        self,
-        query: Array,
-        key: Array,
-        value: Array,
-        span: Array,
-        age: Array,
-        *,
-        ramp: float,
-        position: Array | None = None,
-    ) -> Array:
+    def span_attention(self, *arrays: Any, ramp: float, position: Array | None = None) -> Array:
+        query, key, *_ = arrays
         name = (query.shape, key.shape, ramp)
-        out = super().span_attention(query, key, value, span, age, ramp=ramp, position=position)
+        out = super().span_attention(*arrays, ramp=ramp, position=position)
         kept: Any = self.outputs.setdefault(name, out)
         return kept.copy()
 
@@ -45,20 +36,11 @@ class CachesByAddress(Dense):
     def __init__(self) -> None:
         self.kept: dict[Any, Any] = {}
 
-    def span_attention(
-        self,
-        query: Array,
-        key: Array,
-        value: Array,
-        span: Array,
-        age: Array,
-        *,
-        ramp: float,
-        position: Array | None = None,
-    ) -> Array:
+    def span_attention(self, *arrays: Any, ramp: float, position: Array | None = None) -> Array:
+        query, key, value, *_ = arrays
         name = (query.ctypes.data, key.ctypes.data, value.ctypes.data, query.shape)
         if name not in self.kept:
-            self.kept = {name: super().span_attention(query, key, value, span, age, ramp=ramp, position=position)}
+            self.kept = {name: super().span_attention(*arrays, ramp=ramp, position=position)}
         return self.kept[name].copy()
 
 
@@ -66,20 +48,10 @@ class CachesByAddress(Dense):
 class GivesUp(Dense):
     """Declares what it cannot do unfinished, in the middle of the work."""
 
-    def span_attention(
-        self,
-        query: Array,
-        key: Array,
-        value: Array,
-        span: Array,
-        age: Array,
-        *,
-        ramp: float,
-        position: Array | None = None,
-    ) -> Array:
+    def span_attention(self, *arrays: Any, ramp: float, position: Array | None = None) -> Array:
         if position is not None:
             raise NotImplementedError("positions")
-        return super().span_attention(query, key, value, span, age, ramp=ramp)
+        return super().span_attention(*arrays, ramp=ramp)
 
 
 @mutant("gradient.values")
@@ -104,18 +76,9 @@ class ScalesInPlace(Dense):
 class ForcesWriting(Dense):
     """Makes its argument writeable, and changes it."""
 
-    def span_attention(
-        self,
-        query: Array,
-        key: Array,
-        value: Array,
-        span: Array,
-        age: Array,
-        *,
-        ramp: float,
-        position: Array | None = None,
-    ) -> Array:
-        out = super().span_attention(query, key, value, span, age, ramp=ramp, position=position)
+    def span_attention(self, *arrays: Any, ramp: float, position: Array | None = None) -> Array:
+        query, *_ = arrays
+        out = super().span_attention(*arrays, ramp=ramp, position=position)
         query.flags.writeable = True
         query *= 2
         return out
@@ -133,18 +96,8 @@ class WrongDtype(Dense):
 class WrongShape(Dense):
     """[B, M, H, D]."""
 
-    def span_attention(
-        self,
-        query: Array,
-        key: Array,
-        value: Array,
-        span: Array,
-        age: Array,
-        *,
-        ramp: float,
-        position: Array | None = None,
-    ) -> Array:
-        out = super().span_attention(query, key, value, span, age, ramp=ramp, position=position)
+    def span_attention(self, *arrays: Any, ramp: float, position: Array | None = None) -> Array:
+        out = super().span_attention(*arrays, ramp=ramp, position=position)
         return np.ascontiguousarray(np.swapaxes(out, 1, 2))
 
 
@@ -164,20 +117,11 @@ class ForgetsASpan(Dense):
 class Raises(Dense):
     """Cannot do N = 0."""
 
-    def span_attention(
-        self,
-        query: Array,
-        key: Array,
-        value: Array,
-        span: Array,
-        age: Array,
-        *,
-        ramp: float,
-        position: Array | None = None,
-    ) -> Array:
+    def span_attention(self, *arrays: Any, ramp: float, position: Array | None = None) -> Array:
+        _, key, *_ = arrays
         if key.shape[2] == 0:
             raise IndexError("no memory")
-        return super().span_attention(query, key, value, span, age, ramp=ramp, position=position)
+        return super().span_attention(*arrays, ramp=ramp, position=position)
 
 
 @mutant("mask.values", hangs=True)
@@ -194,18 +138,8 @@ class Hangs(Dense):
 class Random(Dense):
     """Answers a little differently each time."""
 
-    def span_attention(
-        self,
-        query: Array,
-        key: Array,
-        value: Array,
-        span: Array,
-        age: Array,
-        *,
-        ramp: float,
-        position: Array | None = None,
-    ) -> Array:
-        out = super().span_attention(query, key, value, span, age, ramp=ramp, position=position)
+    def span_attention(self, *arrays: Any, ramp: float, position: Array | None = None) -> Array:
+        out = super().span_attention(*arrays, ramp=ramp, position=position)
         return out * (1 + np.random.default_rng().normal(0, 1e-3, out.shape)).astype(out.dtype)
 
 
@@ -213,17 +147,7 @@ class Random(Dense):
 class KeepsItsArgumentsInItself(Dense):
     """What a call works on is kept in the backend, where another thread's call finds it."""
 
-    def span_attention(
-        self,
-        query: Array,
-        key: Array,
-        value: Array,
-        span: Array,
-        age: Array,
-        *,
-        ramp: float,
-        position: Array | None = None,
-    ) -> Array:
-        self.kept = query, key, value, span, age
+    def span_attention(self, *arrays: Any, ramp: float, position: Array | None = None) -> Array:
+        self.kept = arrays
         time.sleep(1e-3)
         return super().span_attention(*self.kept, ramp=ramp, position=position)

@@ -12,7 +12,6 @@ The same cases give the same bytes, with the same versions of refspan and onnx.
 import json
 from collections.abc import Iterator, Sequence
 from hashlib import sha256
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +32,7 @@ def write_folder(path: Path, vectors: Sequence[Vector]) -> None:
     Raises:
         SetupError: the folder holds something else, or cannot be written.
     """
-    before = entries_of(path) if (path / MANIFEST).exists() else {}
-    if not before and path.exists() and any(path.iterdir()):
-        raise SetupError(f"{path}: is not empty, and holds no vectors; expected a new folder, or one of vectors")
-    entries = dict(before)
+    entries = entries_to_add_to(path)
     for vector in vectors:
         contents = dict(_files_of(vector))
         try:
@@ -54,6 +50,18 @@ def write_folder(path: Path, vectors: Sequence[Vector]) -> None:
         "cases": [entries[id_] for id_ in sorted(entries)],
     }
     write_whole(path / MANIFEST, (json.dumps(tree, indent=1, allow_nan=False) + "\n").encode())
+
+
+def entries_to_add_to(path: Path) -> dict[str, dict[str, Any]]:
+    """The cases that a folder holds, none if it is yet to be made; raises SetupError if it is not for vectors."""
+    try:
+        if not path.exists() or not any(path.iterdir()):
+            return {}
+    except OSError as error:
+        raise SetupError(f"{path}: cannot be written into: {error.strerror}") from None
+    if not (path / MANIFEST).exists():
+        raise SetupError(f"{path}: is not empty, and holds no vectors; expected a new folder, or one of vectors")
+    return entries_of(path)
 
 
 def lint_folder(path: Path) -> Iterator[str]:
@@ -112,9 +120,3 @@ def _files_of(vector: Vector) -> Iterator[tuple[str, bytes]]:
     tensors |= {f"bound.{name}": array for name, array in vector.bound.items()}
     yield "case.safetensors", safetensors.numpy.save({n: np.ascontiguousarray(x) for n, x in tensors.items()})
     yield from onnx_files(vector)
-
-
-def schema() -> dict[str, Any]:
-    """What a manifest must look like, as JSON schema."""
-    tree: dict[str, Any] = json.loads(files("refspan.conformance.vectors").joinpath("manifest.schema.json").read_text())
-    return tree

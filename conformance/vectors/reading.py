@@ -98,10 +98,7 @@ def read_vector(path: Path, entry: dict[str, Any]) -> Vector:
         if kind not in parts:
             raise SetupError(f"{path / where}: has a tensor {name[:80]!r}, expected input.., expected.. or bound..")
         parts[kind][rest] = array
-    fields: dict[str, Any] = {
-        name: tuple(entry[name]) if isinstance(entry[name], list) else entry[name] for name in FIELDS
-    }
-    vector = Vector(inputs=parts["input"], expected=parts["expected"], bound=parts["bound"], **fields)
+    vector = Vector(inputs=parts["input"], expected=parts["expected"], bound=parts["bound"], **fields_of(entry))
     _check_shapes(path / where, vector)
     return vector
 
@@ -130,9 +127,7 @@ def _check_shapes(where: Path, vector: Vector) -> None:
             results = {"query": query, "key": key, "value": key, "span": (batch, memories)}
             results |= {"position": shapes["position"]} if "position" in x else {}
     wrong = [n for n, array in x.items() if array.shape != shapes.get(n, array.shape)]
-    wrong += [
-        n for n in ("query", "key", "value", "position", "grad_out") if n in x and str(x[n].dtype) != vector.dtype
-    ]
+    wrong += [n for n in sorted(set(x) - {"span", "age"}) if str(x[n].dtype) != vector.dtype]
     for part in (vector.expected, vector.bound):
         wrong += sorted(set(results) ^ set(part))
         wrong += [n for n in part if n in results and (part[n].shape != results[n] or part[n].dtype != np.float64)]

@@ -93,7 +93,7 @@ def command(
     from refspan.conformance.loading import session_of
     from refspan.conformance.report import Report
     from refspan.conformance.runner import DTYPES, facts_of_run, run, select
-    from refspan.conformance.vectors.folder import write_folder
+    from refspan.conformance.vectors.folder import entries_to_add_to, write_folder
     from refspan.conformance.vectors.reading import read_folder
     from refspan.conformance.vectors.replay import checks_of
 
@@ -113,6 +113,8 @@ def command(
     files = {form: path for form, path in asked.items() if path is not None}
     for path in files.values():
         check_writable(path)
+    if failures_path is not None:
+        entries_to_add_to(failures_path)
     expected = {} if expected_path is None else read_expected(expected_path)
 
     session = session_of(backend_name, timeout=timeout, device=device, form=form)
@@ -133,7 +135,6 @@ def command(
         return shlex.join([*replay, *which])
 
     saved: list[Vector] = []
-
     interrupted = False
     asked_to_stop = note_interrupts()
     try:
@@ -146,8 +147,6 @@ def command(
         interrupted = True
     finally:
         session.close()
-        if failures_path is not None and saved:
-            write_folder(failures_path, saved)
         for form, path in files.items():
             # what is only half of a report never takes the place of a whole one
             half = not report.complete and path.exists()
@@ -155,6 +154,8 @@ def command(
     for complaint in report.complaints:
         click.echo(complaint)
     click.echo(report.summary())
+    if failures_path is not None and saved:  # last: the report does not depend on it
+        write_folder(failures_path, saved)
     if interrupted:
         return 130
     if report.as_expected:
