@@ -3,13 +3,18 @@
     python benchmarks/false_alarms.py --out benchmarks/results/false-alarms.json [--examples 20000] [--level attention]
 
 Cases are spread over seeds, `PER_SEED` for each, and drawn once for all backends. The record grows seed by seed: what
-is in it is not done again, so a run may be stopped and started. Every failure is in it, with the command that shows it.
+is in it is not done again, so a run may be stopped and started. Every failure is in it, with its seed and example, and
+the versions of all that took part in it.
 """
 
+import datetime as dt
+import importlib.metadata
 import json
 import multiprocessing
 import os
+import platform
 import signal
+import subprocess
 import sys
 import time
 import warnings
@@ -33,6 +38,19 @@ from refspan.conformance.sessions import InProcess  # noqa: E402
 from refspan.files import write_whole  # noqa: E402
 
 PER_SEED = 500
+
+
+def run_with():
+    """When a run was started, with which versions of what."""
+    names = ("refspan", "numpy", "hypothesis", "onnx", "onnxruntime", "torch")
+    found = {dist.metadata["Name"]: dist.version for dist in importlib.metadata.distributions()}
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return {
+        "started": dt.datetime.now(dt.UTC).strftime("%Y-%m-%d"),
+        "commit": commit.stdout.strip(),
+        "python": platform.python_version(),
+        "versions": {name: found[name] for name in names if name in found},
+    }
 
 
 def backends():
@@ -89,6 +107,8 @@ def main(out, examples, levels, ids, dtypes, processes, minutes):
     """Put many cases of each check to right backends, and record what is rejected."""
     os.environ["OMP_NUM_THREADS"] = "1"
     record = json.loads(out.read_text()) if out.exists() else {"per_seed": PER_SEED, "checks": {}}
+    if (this := run_with()) not in record.setdefault("runs", []):
+        record["runs"].append(this)
     checks = [check.id for check in select(levels, ids) if check.level != "golden"]
     asked = [(check, dtype, seed) for seed in range(-(-examples // PER_SEED)) for dtype in dtypes for check in checks]
     asked = [one for one in asked if one[2] not in record["checks"].get(f"{one[0]} {one[1]}", {}).get("seeds", [])]
