@@ -74,6 +74,26 @@ class Layout:
             "distant_age": StateTensor("int64", ("B", "C"), "steps from older memories to the block's first query"),
         }
 
+    def ports(self) -> "tuple[dict[str, Port], dict[str, Port]]":
+        """Inputs and outputs of a whole model: name -> dtype and shape."""
+        layers, state = range(self.config.layers), self.state_tensors()
+        inputs: dict[str, Port] = {
+            "tokens": ("int64", ("B", "M")),
+            "lengths": ("int64", ("B",)),
+            "restart": ("bool", ("B",)),
+        }
+        outputs: dict[str, Port] = {
+            "log_probs": (self.dtype, ("B", "M", self.config.vocab_size)),
+            "live": ("int64", (self.config.layers, "B", 3)),
+        }
+        inputs |= {f"layers.{i}.{name}": (t.dtype, t.shape) for i in layers for name, t in state.items()}
+        outputs |= {f"layers.{i}.{name}.next": (t.dtype, t.shape) for i in layers for name, t in state.items()}
+        return inputs, outputs
+
+
+Port = tuple[str, tuple[int | str, ...]]
+"""Dtype and shape of an input or output; a size that is text may be any."""
+
 
 @dataclass(frozen=True)
 class StateTensor:

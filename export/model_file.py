@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from refspan.config import ModelConfig
 from refspan.errors import SetupError
-from refspan.export.layout import LAYOUT, Layout
+from refspan.export.layout import LAYOUT, Layout, Port
 from refspan.export.models import DTYPES, FORMS
 from refspan.export.streaming import SMALL_TENSOR
 from refspan.files import check_file, write_whole
@@ -109,50 +109,74 @@ def model_file_of(path: str | Path, content: bytes) -> ModelFile:
             f"{path}: layout {metadata['refspan_model']} of refspan {metadata.get('refspan_version', '?')}, "
             f"this refspan reads {LAYOUT}; export the checkpoint again"
         )
-    layout = _layout(path, metadata)
+    layout = _layout(path, metadata, model)
     _check_ports(path, layout, model.graph)
     external = _check_external(path, model)
     return ModelFile(str(path) if external else content, layout, metadata)
 
 
-def _layout(path: str | Path, metadata: dict[str, str]) -> Layout:
+def _layout(path: str | Path, metadata: dict[str, str], model: "onnx.ModelProto") -> Layout:
     try:
         config = ModelConfig.from_dict(json.loads(metadata["config"]))
         positions, opset = int(metadata["positions"]), int(metadata["opset"])
         form, dtype = metadata["form"], metadata["dtype"]
         size = len(bytes.fromhex(metadata["fingerprint"]))
+        _ = metadata["tokenizer"]
     except KeyError as error:
         raise SetupError(f"{path}: its metadata has no {error.args[0]}") from None
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, RecursionError) as error:
         raise SetupError(f"{path}: its metadata is damaged: {error}") from None
-    if form not in FORMS or dtype not in DTYPES or positions < 0 or opset < 1 or size != FINGERPRINT_BYTES:
+    opsets = [entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")]
+    if [opset] != opsets:
+        raise SetupError(f"{path}: its metadata is damaged: opset {opset}, the graph's is {opsets}")
+    if size != FINGERPRINT_BYTES:
+        raise SetupError(
+            f"{path}: its metadata is damaged: a fingerprint of {size} bytes, expected {FINGERPRINT_BYTES}"
+        )
+    if form not in FORMS or dtype not in DTYPES or positions < 0:
         raise SetupError(f"{path}: its metadata is damaged: form {form}, dtype {dtype}, positions {positions}")
     return Layout(config, positions, form, dtype)
 
 
 def _check_ports(path: str | Path, layout: Layout, graph: "onnx.GraphProto") -> None:
     """Raise unless inputs and outputs are those that the metadata promise."""
-    layers = range(layout.config.layers)
-    state = layout.state_tensors()
-    wanted = {"tokens": "int64", "lengths": "int64", "restart": "bool"}
-    wanted |= {f"layers.{i}.{name}": tensor.dtype for i in layers for name, tensor in state.items()}
-    out = {"log_probs": layout.dtype, "live": "int64"}
-    out |= {f"layers.{i}.{name}.next": tensor.dtype for i in layers for name, tensor in state.items()}
+    most = len(graph.input)  # each layer has some: a wrong number would be believed for very long
+    if layout.config.layers > most:
+        raise SetupError(
+            f"{path}: got {most} inputs, its metadata promise some for each of {layout.config.layers} layers"
+        )
+    wanted, out = layout.ports()
     for what, values, expected in (("input", graph.input, wanted), ("output", graph.output, out)):
-        got = {value.name: _dtype(value) for value in values}
+        got = {value.name: value for value in values}
         for name in [*expected, *got]:
-            there, promised = got.get(name, "none"), expected.get(name, "none")
-            if there != promised:
-                raise SetupError(f"{path}: {what} {name}: got {there}, its metadata promise {promised}")
+            there = _port(got[name]) if name in got else None
+            promised = expected.get(name)
+            if there is None or promised is None or not _fits(there, promised):
+                raise SetupError(f"{path}: {what} {name}: got {_text(there)}, its metadata promise {_text(promised)}")
 
 
-def _dtype(value: "onnx.ValueInfoProto") -> str:
+def _port(value: "onnx.ValueInfoProto") -> Port:
+    """Dtype and shape of an input or output; "no tensor" if it is none."""
     import onnx.helper
 
+    about = value.type.tensor_type
     try:
-        return str(onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type))
+        dtype = str(onnx.helper.tensor_dtype_to_np_dtype(about.elem_type))
     except (KeyError, ValueError):
-        return "no tensor"
+        return "no tensor", ()
+    return dtype, tuple(int(d.dim_value) if d.HasField("dim_value") else d.dim_param for d in about.shape.dim)
+
+
+def _fits(got: Port, promised: Port) -> bool:
+    """Whether it is promised; a size that may be any has any name."""
+    (dtype, sizes), (wanted, promised_sizes) = got, promised
+    return dtype == wanted and [s if isinstance(s, int) else "" for s in sizes] == [
+        s if isinstance(s, int) else "" for s in promised_sizes
+    ]
+
+
+def _text(port: Port | None) -> str:
+    return "none" if port is None else f"{port[0]} [{', '.join(map(str, port[1]))}]"
 
 
 def _check_external(path: str | Path, model: "onnx.ModelProto") -> bool:

@@ -8,10 +8,11 @@ import numpy as np
 
 from refspan.arrays import check_count
 from refspan.config import ModelConfig
+from refspan.errors import SetupError
 from refspan.export.layout import Array, Layout
 from refspan.export.model_file import ModelFile, model_file_of, read_model_file
 from refspan.export.onnx_stream import OnnxStream
-from refspan.export.session import check_device, load_onnxruntime, make_session, placement_of
+from refspan.export.session import GraphRefusedError, check_device, load_onnxruntime, make_session, placement_of
 from refspan.export.slots import repack_model
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class OnnxModel:
 
     Raises:
         SetupError: the file is not such a model, or ONNX Runtime or the device cannot be used.
+        TypeError, ValueError: `threads` is not a whole number from 1 to 1024.
     """
 
     def __init__(
@@ -45,7 +47,10 @@ class OnnxModel:
         tf32: bool = False,
         session_options: dict[str, str] | None = None,
     ) -> None:
-        self._open(read_model_file(Path(path)), device, threads, tf32, session_options)
+        try:
+            self._open(read_model_file(Path(path)), device, threads, tf32, session_options)
+        except GraphRefusedError as error:
+            raise SetupError(f"{path}: {error}") from None
 
     @classmethod
     def of(

@@ -1,6 +1,7 @@
 """Streams of tokens through a model that ONNX Runtime runs; what they remember stays on its device."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from refspan.checkpoint import read_state, write_state
 from refspan.config import ModelConfig
 from refspan.errors import RunFailedError, SetupError
 from refspan.export.layout import Array
+from refspan.export.session import line_of
 from refspan.export.slots import needed_slots, slots_for
 from refspan.export.stream_arrays import from_memory, to_memory
 from refspan.export.stream_buffers import Buffers, bind_output
@@ -23,7 +25,22 @@ if TYPE_CHECKING:
 
 
 class StreamFailedError(RunFailedError):
-    """A step stopped in its middle. `restore` a saved state, here or in another stream, to go on."""
+    """ONNX Runtime failed, or there is no memory left; the message says what could not be done.
+
+    If a step stopped in its middle, `restore` a saved state, here or in another stream, to go on.
+    """
+
+
+@contextmanager
+def _failing(doing: str) -> Iterator[None]:
+    """Let whatever goes wrong be a StreamFailedError that says `doing` what."""
+    try:
+        yield
+    except RunFailedError:
+        raise
+    except Exception as error:  # noqa: BLE001 - onnxruntime raises a dozen unrelated types
+        said = "there is no memory left" if isinstance(error, MemoryError) else line_of(error)
+        raise StreamFailedError(f"ONNX Runtime failed {doing}: {said}") from None
 
 
 class OnnxStream:
@@ -57,6 +74,11 @@ class OnnxStream:
         """B."""
         return self._batch
 
+    @property
+    def broken(self) -> bool:
+        """Whether a step stopped in its middle: what the stream remembers cannot be asked for or gone on with."""
+        return self._broken
+
     def step(self, tokens: Array, lengths: Array | None = None) -> Array:
         """Read a block of any length M >= 1; longer ones than the config's block_size in several runs.
 
@@ -72,7 +94,9 @@ class OnnxStream:
             TypeError, ValueError: arguments of the wrong type, dtype, shape or range. The stream is as it was.
             MemoryLimitError: a layer might need more slots than `max_slots`. The stream is as it was, or, within a
                 block longer than block_size, has read whole runs of it.
-            StreamFailedError: ONNX Runtime failed. The stream can only be restored, or closed.
+            StreamFailedError: ONNX Runtime failed. If it did so before the step, for example because there is no memory
+                for more slots, the stream is as it was, and the message says so; else it can only be restored, or
+                closed.
         """
         buffers = self._opened()
         lengths = self._checked(tokens, lengths)
@@ -90,11 +114,11 @@ class OnnxStream:
 
     def slots(self) -> tuple[int, ...]:
         """Slots that each layer has for memories of more than P steps, see docs/onnx.md."""
-        return tuple(self._opened().slots)
+        return tuple(self._held().slots)
 
     def state_bytes(self) -> int:
         """Bytes of the device's memory that hold the state."""
-        return self._opened().bytes()
+        return self._held().bytes()
 
     def reset(self, row: int) -> None:
         """One row of the batch starts anew, empty; the others go on."""
@@ -107,12 +131,17 @@ class OnnxStream:
         self._last_lengths = None
 
     def state(self) -> dict[str, Array]:
-        """A copy of all that the stream remembers, on the host, as `refspan.Stream.state` returns it."""
+        """A copy of all that the stream remembers, on the host, as `refspan.Stream.state` returns it.
+
+        Raises:
+            StreamFailedError: ONNX Runtime failed, now or in the middle of a step before.
+        """
         buffers = self._opened()
         state: dict[str, Array] = {}
-        for i in range(self.config.layers):
-            memory = to_memory(self._model.layout, *buffers.arrays(i), self._restart)
-            state |= {f"layers.{i}.{name}": x for name, x in {"age": memory.age, **memory.contents}.items()}
+        with _failing("to copy the state from the device"):
+            for i in range(self.config.layers):
+                memory = to_memory(self._model.layout, *buffers.arrays(i), self._restart)
+                state |= {f"layers.{i}.{name}": x for name, x in {"age": memory.age, **memory.contents}.items()}
         return state | {"model": self._model.fingerprint.copy()}
 
     def restore(self, state: Mapping[str, Array]) -> None:
@@ -121,9 +150,9 @@ class OnnxStream:
         Raises:
             TypeError, ValueError: the state does not fit this model and batch; the stream goes on as it was.
             MemoryLimitError: it needs more slots than `max_slots`; likewise.
+            StreamFailedError: there is no memory for it; likewise.
         """
-        if self._buffers is None:
-            raise ValueError("the stream is closed")
+        self._held()
         self._start(check_state(np, state, self.config, self._batch, self._empty(), self._model.fingerprint))
 
     def save_state(self, path: str | Path, *, notes: Mapping[str, str] | None = None) -> None:
@@ -144,6 +173,7 @@ class OnnxStream:
         Raises:
             SetupError: the file cannot be read, is no such file, or belongs to another model or batch size. The stream
                 goes on as it was.
+            StreamFailedError: there is no memory for it; likewise.
         """
         arrays = read_state(path, self.config)
         try:
@@ -165,7 +195,8 @@ class OnnxStream:
         """Log-probabilities [B, M, V] of at most block_size tokens a row."""
         session = self._model.session
         self._make_room(buffers, tokens.shape[1], lengths)
-        log_probs = np.empty((*tokens.shape, self.config.vocab_size), self._model.layout.dtype)
+        with _failing("to make room for the results of a step (the stream is as it was)"):
+            log_probs = np.empty((*tokens.shape, self.config.vocab_size), self._model.layout.dtype)
         binding, bound = buffers.binding, self._bound[buffers.turn]
         for name, array in (("tokens", tokens), ("lengths", lengths), ("restart", self._restart)):
             if name == "tokens" or bound.get(name) is not array:
@@ -173,11 +204,8 @@ class OnnxStream:
                 bound[name] = array  # it must live as long as it is bound; all but tokens are ours and never written to
         bind_output(binding, "log_probs", log_probs)
         self._broken = True  # until the step is done: Ctrl-C may come at any point, too
-        try:
+        with _failing("in the middle of a step"):
             session.run_with_iobinding(binding)
-        except Exception as error:  # noqa: BLE001 - onnxruntime raises a dozen unrelated types
-            said = " ".join(str(error).split())
-            raise StreamFailedError(f"ONNX Runtime failed in the middle of a step: {said}") from None
         buffers.advance()
         self._counts, self._last_lengths, self._restart = self._bound_counts.copy(), lengths, self._no_restart
         self._broken = False
@@ -192,7 +220,8 @@ class OnnxStream:
         ]
         for i, slots in enumerate(wanted):
             if slots != buffers.slots[i]:
-                buffers.repack(i, slots)
+                with _failing(f"to make {slots} slots in layer {i} (the stream is as it was)"):
+                    buffers.repack(i, slots)
 
     def _limited(self, layer: int, slots: int) -> int:
         if self._max_slots is not None and slots > self._max_slots:
@@ -205,12 +234,17 @@ class OnnxStream:
     def _start(self, memory: list[Memory]) -> None:
         """Go on from these memories, in new buffers."""
         layout, layers, counts = self._model.layout, [], []
-        for i, one in enumerate(memory):
-            beyond = int(np.max(np.sum(one.age > layout.positions, axis=1), initial=0))
-            recent, distant, count = from_memory(layout, one, self._limited(i, slots_for(1 + beyond)))
-            layers.append((recent, distant))
-            counts.append(count)
-        self._buffers = Buffers(self._model, layers)
+        _ = self._model.session  # raises if the model is closed
+        slots = [
+            self._limited(i, slots_for(1 + int(np.max(np.sum(one.age > layout.positions, axis=1), initial=0))))
+            for i, one in enumerate(memory)
+        ]
+        with _failing("to make room for the state"):
+            for one, most in zip(memory, slots, strict=True):
+                recent, distant, count = from_memory(layout, one, most)
+                layers.append((recent, distant))
+                counts.append(count)
+            self._buffers = Buffers(self._model, layers)
         self._counts = np.array(counts)
         self._bound_counts = self._counts.copy()
         self._buffers.bind_output("live", self._bound_counts)
@@ -250,8 +284,12 @@ class OnnxStream:
         return lengths
 
     def _opened(self) -> Buffers:
-        if self._buffers is None:
-            raise ValueError("the stream is closed")
+        buffers = self._held()
         if self._broken:
             raise StreamFailedError("an earlier step did not end; restore a saved state, or open a new stream")
+        return buffers
+
+    def _held(self) -> Buffers:
+        if self._buffers is None:
+            raise ValueError("the stream is closed")
         return self._buffers

@@ -39,7 +39,8 @@ def sample(
     if temperature == 0:
         return int(order[0])
     kept = scores[order[:top_k]]
-    weights = np.exp((kept - kept[0]) / temperature)  # [k], the most probable first
+    with np.errstate(over="ignore"):  # a temperature next to 0 leaves -inf, or 0, of every difference
+        weights = np.exp((kept - kept[0]) / temperature)  # [k], the most probable first
     shares = np.cumsum(weights) / np.sum(weights)
     if top_p is not None:
         shares = shares[: int(np.searchsorted(shares, top_p)) + 1]

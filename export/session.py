@@ -1,5 +1,6 @@
 """ONNX Runtime sessions: one place that knows how to make one, on which device, and what it says about itself."""
 
+import ctypes
 import importlib
 import os
 import re
@@ -10,6 +11,7 @@ from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
+from refspan.arrays import check_count
 from refspan.errors import SetupError
 
 if TYPE_CHECKING:
@@ -18,13 +20,19 @@ if TYPE_CHECKING:
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
+class GraphRefusedError(SetupError):
+    """ONNX Runtime does not take a graph, or not on this device."""
+
+
 def load_onnxruntime() -> Any:
     """The onnxruntime package; raises SetupError naming what to install if it is missing."""
     try:
         return importlib.import_module("onnxruntime")
     except ImportError as error:
         # An installed package that fails to load says why; a missing one says only that.
-        reason = "is not installed" if isinstance(error, ModuleNotFoundError) else f"cannot be loaded ({_line(error)})"
+        reason = (
+            "is not installed" if isinstance(error, ModuleNotFoundError) else f"cannot be loaded ({line_of(error)})"
+        )
         raise SetupError(
             f'onnxruntime {reason}; install one of: pip install "refspan[cpu]", pip install "refspan[gpu]"'
         ) from None
@@ -44,6 +52,16 @@ def check_device(device: str) -> None:
         _check_cuda(ort)
 
 
+MOST_THREADS = 1024
+"""That one run may have; far more would take hours to start, or all memory."""
+
+
+def check_threads(threads: int) -> None:
+    """Raise TypeError or ValueError unless so many threads may run a graph."""
+    if check_count("threads", threads) > MOST_THREADS:
+        raise ValueError(f"threads: got {threads}, expected 1 to {MOST_THREADS}")
+
+
 def _check_cuda(ort: Any) -> None:
     """Start the CUDA provider on an empty task, because ONNX Runtime passes over one that does not start."""
     import onnx.parser
@@ -60,7 +78,7 @@ def _check_cuda(ort: Any) -> None:
             session = ort.InferenceSession(probe.SerializeToString(), providers=[PROVIDERS["cuda"]], enable_fallback=0)
             started = PROVIDERS["cuda"] in session.get_providers()
         except Exception as error:  # noqa: BLE001 - onnxruntime raises a dozen unrelated types
-            started, reason = False, _line(error)
+            started, reason = False, line_of(error)
     if not started:
         reason = reason or next((line for line in log if "rror" in line), "no reason given")
         raise SetupError(
@@ -80,13 +98,14 @@ def make_session(
     """An InferenceSession in which every node runs on `device`; of a model, its bytes or the path of its file.
 
     Raises:
-        SetupError: the device cannot be used, or not for all of the model.
+        GraphRefusedError: the device cannot be used, or not for all of the model.
     """
     ort = load_onnxruntime()
     settings = ort.SessionOptions()
-    settings.log_severity_level = 3  # errors: what is wrong with a device is raised below
+    settings.log_severity_level = 4  # nothing but the end of the process: errors are raised, and say the same
     settings.enable_mem_pattern = False  # it plans for one shape; ours differ from call to call
     if threads is not None:
+        check_threads(threads)
         settings.intra_op_num_threads = threads
     entries = {"session.record_ep_graph_assignment_info": "1"}
     providers: list[Any] = [PROVIDERS[device]]
@@ -102,7 +121,9 @@ def make_session(
     try:
         session = ort.InferenceSession(source, settings, providers=providers, enable_fallback=0)
     except Exception as error:  # noqa: BLE001 - onnxruntime raises a dozen unrelated types
-        raise SetupError(f"device {device}: onnxruntime {ort.__version__} refused the graph: {_line(error)}") from None
+        raise GraphRefusedError(
+            f"device {device}: onnxruntime {ort.__version__} refused the graph: {line_of(error)}"
+        ) from None
     return session
 
 
@@ -115,6 +136,30 @@ def placement_of(session: Any) -> dict[str, str]:
         for part in session.get_provider_graph_assignment_info()
         for node in part.get_nodes()
     }
+
+
+def device_memory_in_use() -> int | None:
+    """Bytes of the first CUDA device that are in use, by all processes; None where the driver cannot be asked.
+
+    ONNX Runtime gives no memory of a session back while it is open: asked then, this is the most that there has been.
+    """
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return None
+    device, context = ctypes.c_int(), ctypes.c_void_p()
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), 0):
+        return None
+    if driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device):
+        return None
+    try:
+        driver.cuCtxPushCurrent_v2(context)
+        failed = driver.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
+        driver.cuCtxPopCurrent_v2(ctypes.byref(context))
+    finally:
+        driver.cuDevicePrimaryCtxRelease_v2(device)
+    return None if failed else total.value - free.value
 
 
 _LOG_LINE = re.compile(r"\[[VIWEF]:onnxruntime[^\]]*\] *(?P<message>.*?)(?:\x1b\[m)?$")
@@ -153,6 +198,6 @@ def kernels_in(messages: list[str]) -> list[str]:
     return sorted({match["kernel"] for match in found if match})
 
 
-def _line(error: BaseException) -> str:
+def line_of(error: BaseException) -> str:
     """The message of `error` on one line."""
     return " ".join(str(error).split())

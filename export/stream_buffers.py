@@ -62,7 +62,10 @@ class Buffers:
         return {n: np.array(x.numpy()) for n, x in recent.items()}, {n: np.array(x.numpy()) for n, x in distant.items()}
 
     def repack(self, i: int, slots: int) -> None:
-        """Move the distant memories of a layer into another number of slots, on the device."""
+        """Move the distant memories of a layer into another number of slots, on the device.
+
+        Should memory run out, all is as it was.
+        """
         old = self._distant[self._turn][i]
         keep = min(slots, self.slots[i])
         added = empty_distant(self._model.layout, self._batch, slots - keep + 1, first=1)
@@ -92,8 +95,8 @@ class Buffers:
         self, i: int, kind: str, sides: list[list[dict[str, Any]]], new: dict[str, Any], in_place: tuple[str, ...]
     ) -> None:
         """Let both bindings use these buffers, which hold the state, and others like them in turn."""
-        sides[self._turn][i] = new
-        sides[1 - self._turn][i] = {name: x if name in in_place else self._model.like(x) for name, x in new.items()}
+        others = {name: x if name in in_place else self._model.like(x) for name, x in new.items()}
+        sides[self._turn][i], sides[1 - self._turn][i] = new, others
         for side, binding in enumerate(self._bindings):
             for name in new:
                 binding.bind_ortvalue_input(f"layers.{i}.{kind}_{name}", sides[side][i][name])

@@ -71,6 +71,9 @@ def main() -> None:
     except RunFailedError as error:
         click.echo(f"refspan: {error}", err=True)
         status = 1
+    except MemoryError:
+        click.echo("refspan: there is no memory left", err=True)
+        status = 1
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         click.echo(f"refspan: {where}{error.strerror or error}", err=True)

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from refspan.errors import SetupError
@@ -15,15 +16,57 @@ def check_file(path: Path) -> None:
 
 def check_writable(path: Path) -> None:
     """Raise SetupError if `write_whole` could not write `path`: before hours of work, not after."""
+    if path == Path("-"):
+        raise SetupError("-: standard output takes no file here; name one")
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise SetupError(f"{path}: is not a regular file, and would have to be replaced")
     target = path.resolve()
     if target.is_dir():
         raise SetupError(f"{path}: is a folder, expected a file to write")
-    if target.exists() and not target.is_file():
-        raise SetupError(f"{path}: is not a regular file, and would have to be replaced")
+    if any(_same_as_stream(target, number) for number in (0, 1, 2)):
+        raise SetupError(f"{path}: is where this command reads or prints, and would have to be replaced")
     if not target.parent.is_dir():
         raise SetupError(f"{path}: folder {target.parent} does not exist")
-    if not os.access(target.parent, os.W_OK):
-        raise SetupError(f"{path}: no permission to write into {target.parent}")
+    try:
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass  # some folders only seem to be writable
+    except OSError as error:
+        raise SetupError(f"{path}: cannot write into {target.parent}: {error.strerror}") from None
+
+
+def _same_as_stream(path: Path, number: int) -> bool:
+    """Whether `path` is the regular file that standard input, output or error (0, 1, 2) has been directed to."""
+    try:
+        return path.is_file() and os.path.samestat(path.stat(), os.fstat(number))
+    except OSError:
+        return False
+
+
+def check_distinct(outputs: Mapping[str, Path | None], inputs: Mapping[str, Path | None]) -> None:
+    """Raise SetupError if an output would take the place of an input or of another output; None is no file.
+
+    Args:
+        outputs: what a file is (the name of an option, for example) -> its path.
+        inputs: likewise.
+    """
+    written: dict[Path, str] = {}
+    for name, path in outputs.items():
+        if path is None:
+            continue
+        for other, read in inputs.items():
+            if read is not None and _same_file(path, read):
+                raise SetupError(f"{name} {path}: is {other} too, which would be lost; name another file")
+        target = path.resolve()
+        if target in written:
+            raise SetupError(f"{name} {path}: is {written[target]} too; name another file")
+        written[target] = name
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    try:
+        return one.resolve() == other.resolve() or one.samefile(other)
+    except OSError:  # one of them is not there
+        return False
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -52,6 +52,11 @@ def check_state(
             if not bool(xp.all(xp.isfinite(array))):
                 raise ValueError(f"state layers.{i}.{name}: holds NaN or infinite numbers")
         check_ages(xp, f"state layers.{i}.age", state[f"layers.{i}.age"], (batch, slots))
+        ordered = xp.sort(state[f"layers.{i}.age"], axis=1)
+        repeated = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] > 0)
+        if bool(xp.any(repeated)):
+            twice = int(xp.max(xp.where(repeated, ordered[:, 1:], 0)))
+            raise ValueError(f"state layers.{i}.age: got {twice} twice in a row of the batch, expected each age once")
         span, longest = contents["span"], config.max_span
         wrong = (span < 0) | (span > longest)
         if bool(xp.any(wrong)):

@@ -12,6 +12,7 @@ from safetensors import safe_open
 import refspan
 from refspan.errors import SetupError
 from refspan.fingerprint import fingerprint
+from refspan.memory import NEVER
 
 CONFIG = refspan.ModelConfig(
     vocab_size=7,
@@ -342,6 +343,21 @@ def test_a_state_with_nan(path):
     state = one.state()
     write(path, {**state, "layers.1.value": state["layers.1.value"] * np.float32(np.nan)}, metadata_of(path))
     refused(path, stream(read=5), "state layers.1.value: holds NaN or infinite numbers")
+
+
+def test_a_state_with_an_age_twice(path):
+    """A memory is of one step: two of the same age would be read differently here and there. Empty slots are alike."""
+    one = stream()
+    refspan.save_state(path, one)
+    state = one.state()
+    age = state["layers.1.age"].copy()
+    assert age.shape[1] >= 3
+    age[1, 0] = age[1, 2]
+    write(path, {**state, "layers.1.age": age}, metadata_of(path))
+    refused(path, stream(read=5), f"state layers.1.age: got {age[1, 2]} twice in a row of the batch")
+    age[1, :2] = NEVER + 7
+    write(path, {**state, "layers.1.age": age}, metadata_of(path))
+    refspan.load_state(path, stream())
 
 
 def test_a_state_of_a_newer_layout(path):

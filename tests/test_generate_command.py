@@ -1,5 +1,10 @@
 """`refspan generate` and how tokens are drawn."""
 
+import os
+import subprocess
+import sys
+
+import click
 import numpy as np
 import pytest
 from onnx_models import small_model
@@ -43,7 +48,9 @@ def test_shares(options, expected):
     assert np.all(np.abs(got - expected) <= 5 * np.sqrt(expected * (1 - expected) / 20_000))
 
 
-@pytest.mark.parametrize("options", [{"temperature": 0}, {"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-3}])
+@pytest.mark.parametrize(
+    "options", [{"temperature": 0}, {"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-3}, {"temperature": 1e-320}]
+)
 def test_the_most_probable_token(options):
     np.testing.assert_array_equal(drawn(50, **options), [0, 1, 0, 0, 0])
 
@@ -127,15 +134,47 @@ def test_what_is_refused(folder, tmp_path):  # noqa: F811
     for words, message in [
         (["bytes.onnx"], "nothing to continue: give a --prompt, or a --state that refspan run saved"),
         (["bytes.onnx", "--prompt", ""], "nothing to continue"),
+        (["numbers.onnx", "--prompt", " \t"], "nothing to continue"),
         (["bytes.onnx", "--prompt", "a", "--prompt-file", "b"], "--prompt and --prompt-file: got both, expected one"),
         (["bytes.onnx", "--prompt-file", tmp_path / "none"], "none: no such file"),
         (["bytes.onnx", "--prompt-file", tmp_path / "empty"], "empty: holds no tokens"),
         (["bytes.onnx", "--prompt", "a", "--temperature", "-1"], "--temperature: got -1.0, expected a finite number"),
         (["bytes.onnx", "--prompt", "a", "--top-p", "2"], "--top-p: got 2.0, expected a number above 0, at most 1"),
         (["bytes.onnx", "--prompt", "a", "--top-k", "0"], "--top-k: got 0, expected at least 1"),
-        (["bytes.onnx", "--prompt", "a", "--seed", "-1"], "--"),
         (["numbers.onnx", "--prompt", "a"], "--prompt: got 'a', expected token numbers"),
         (["numbers.onnx", "--prompt", "1 11"], "--prompt: got token 11, expected 0 to 10"),
     ]:
         status, said = invoke(folder / words[0], *words[1:], command="generate")
         assert (status, message in said) == (2, True), said
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--seed", "-1"], "Invalid value for '--seed': -1 is not in the range x>=0."),
+        (["--threads", "99999999999"], "99999999999 is not in the range 1<=x<=1024."),
+        (["--tokens", "0"], "0 is not in the range x>=1."),
+    ],
+)
+def test_options_out_of_range(folder, options, message):  # noqa: F811
+    with pytest.raises(click.BadParameter) as error:
+        invoke(folder / "bytes.onnx", "--prompt", "a", *options, command="generate")
+    assert message in error.value.format_message()
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-8"])
+def test_a_terminal_that_does_not_know_every_character(folder, encoding):  # noqa: F811
+    words = [
+        sys.executable,
+        "-m",
+        "refspan",
+        "generate",
+        str(folder / "bytes.onnx"),
+        "--prompt",
+        "a",
+        "--tokens",
+        "300",
+    ]
+    done = subprocess.run(words, capture_output=True, check=False, env={**os.environ, "PYTHONIOENCODING": encoding})
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert len(done.stdout.decode(encoding)) > 100

@@ -371,6 +371,121 @@ def test_a_failure_in_the_middle_of_a_step(monkeypatch):
     np.testing.assert_array_equal(stream.step(tokens), other.step(tokens))
 
 
+class Broken:
+    """In place of a session or of a way to make arrays: raises what ONNX Runtime raises if there is no memory."""
+
+    def __init__(self, good, after):
+        self.good, self.left = good, after
+
+    def __call__(self, *arguments):
+        self.left -= 1
+        if self.left < 0:
+            raise RuntimeError("Failed to allocate memory for requested buffer\nof size 4096")
+        return self.good(*arguments)
+
+
+@pytest.mark.parametrize("after", [0, 1, 5, 9])
+def test_no_memory_for_more_slots_changes_nothing(monkeypatch, after):
+    """Some of the new buffers are there when it runs out, of the first or of the second layer."""
+    config, params = small_model(max_span=300.0, block_size=64)
+    for name in params:
+        if name.endswith("span.bias"):
+            params[name] = np.asarray(9.0, np.float32)
+    model, rng = onnx_model(config, params), np.random.default_rng(0)
+    stream, other = model.open(1), model.open(1)
+    first, second = tokens_of(rng, config, 1, 60), tokens_of(rng, config, 1, 64)
+    stream.step(first)
+    other.step(first)
+    slots, state = stream.slots(), stream.state()
+    made = Broken(model.on_device, after)
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "on_device", made)
+        with pytest.raises(
+            StreamFailedError, match=r"failed to make \d+ slots in layer \d \(the stream is as it was\): F"
+        ):
+            stream.step(second)
+    assert made.left < 0
+    assert not stream.broken
+    assert after > 5 or stream.slots() == slots
+    for name, array in stream.state().items():
+        np.testing.assert_array_equal(array, state[name])
+    np.testing.assert_allclose(stream.step(second), other.step(second), rtol=1e-5)
+
+
+def test_no_memory_to_open_restore_or_copy(monkeypatch, tmp_path):
+    config, params = small_model()
+    model, rng = onnx_model(config, params), np.random.default_rng(0)
+    stream, other = model.open(1), model.open(1)
+    block = tokens_of(rng, config, 1, 8)
+    stream.step(block)
+    state = stream.state()
+    other.step(block)
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "on_device", Broken(model.on_device, 3))
+        for use in (lambda: model.open(1), lambda: stream.restore(state)):
+            with pytest.raises(
+                StreamFailedError, match=r"failed to make room for the state: Failed to .* of size 4096$"
+            ):
+                use()
+    with monkeypatch.context() as patch:
+        patch.setattr("refspan.export.stream_buffers.Buffers.arrays", Broken(None, 0))
+        for use in (stream.state, lambda: stream.save_state(tmp_path / "s")):
+            with pytest.raises(StreamFailedError, match="failed to copy the state from the device: Failed"):
+                use()
+    assert not (tmp_path / "s").exists()
+    np.testing.assert_array_equal(stream.step(block), other.step(block))
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1.5, 100_000, "2"])
+def test_threads_that_are_refused(threads):
+    config, params = small_model()
+    with pytest.raises((TypeError, ValueError), match="threads: got"):
+        onnx_model(config, params, threads=threads)
+
+
+def test_the_log_of_onnxruntime_is_silent(capfd):
+    """What goes wrong is raised, not printed as well."""
+    config, params = small_model()
+    stream = onnx_model(config, params).open(1)
+    stream._buffers.binding.bind_cpu_input("layers.0.recent_span", np.zeros((1, 1), np.float32))
+    with pytest.raises(StreamFailedError):
+        stream.step(np.zeros((1, 4), np.int64))
+    assert capfd.readouterr().err == ""
+
+
+def test_memory_of_the_device_in_use(monkeypatch):
+    """What the driver says; None where there is none, or where it fails."""
+    from refspan.export import session
+
+    class Driver:
+        def __init__(self, failing=None):
+            self.failing, self.calls = failing, []
+
+        def __getattr__(self, name):
+            def call(*arguments):
+                self.calls.append(name)
+                if name == "cuMemGetInfo_v2":
+                    for pointer, value in zip(arguments, (3000, 10_000), strict=True):
+                        pointer._obj.value = value
+                return int(name == self.failing)
+
+            return call
+
+    driver = Driver()
+    monkeypatch.setattr(session.ctypes, "CDLL", lambda _: driver)
+    assert session.device_memory_in_use() == 7000
+    assert driver.calls[-2:] == ["cuCtxPopCurrent_v2", "cuDevicePrimaryCtxRelease_v2"]
+    for name in ("cuInit", "cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuMemGetInfo_v2"):
+        driver = Driver(name)
+        assert session.device_memory_in_use() is None
+
+    def missing(_):
+        raise OSError
+
+    monkeypatch.setattr(session.ctypes, "CDLL", missing)
+    assert session.device_memory_in_use() is None
+
+
 @pytest.mark.parametrize(
     ("tokens", "lengths", "error", "message"),
     [

@@ -1,7 +1,9 @@
 """`refspan run` and the files that it reads."""
 
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +19,7 @@ from safetensors.numpy import load_file
 import refspan
 from refspan.__main__ import cli
 from refspan.checkpoint import load_state_notes
-from refspan.errors import SetupError
+from refspan.errors import RunFailedError, SetupError
 from refspan.export import OnnxStream, StreamFailedError, streaming_model, write_model_file
 from refspan.export.tokens import TokenFile
 
@@ -102,15 +104,11 @@ def test_numbers_are_the_same_however_they_are_cut():
     tokens = np.random.default_rng(0).integers(0, 11, 50)
     text = " ".join(map(str, tokens)).encode()
 
-    class Trickle:
-        def __init__(self):
-            self.rest = text
-
+    class Trickle(io.BytesIO):
         def read(self, _):
-            piece, self.rest = self.rest[:3], self.rest[3:]
-            return piece
+            return super().read(3)
 
-    blocks = list(TokenFile(Path("x"), "", 11)._of_stream(Trickle(), 7))
+    blocks = list(TokenFile(Path("x"), "", 11)._of_stream(Trickle(text), 7))
     assert [len(block) for block in blocks] == [7] * 7 + [1]
     np.testing.assert_array_equal(np.concatenate(blocks), tokens)
 
@@ -145,8 +143,8 @@ FAULTS = [
     ("numbers.onnx", "long", b"1" * 200_000, "number 1 is '11111111111111111111', expected whole numbers"),
     ("numbers.onnx", "words", b"1 2\n3 four 5", "words: number 4 is 'four', expected whole numbers"),
     ("numbers.onnx", "halves", b"1 2.5", "halves: number 2 is '2.5'"),
-    ("numbers.onnx", "large", b"1 2 11 3", "large: got token 11, expected 0 to 10, which the model knows"),
-    ("numbers.onnx", "negative", b"1 -2", "negative: got token -2, expected 0 to 10"),
+    ("numbers.onnx", "large", b"1 2 11 3", "large: number 3 is token 11, expected 0 to 10, which the model knows"),
+    ("numbers.onnx", "negative", b"1 -2", "negative: number 2 is token -2, expected 0 to 10"),
     ("numbers.onnx", "cut.npy", b"\x93NUMPY\x01\x00", "cut.npy: no whole .npy file"),
     ("numbers.onnx", "text.npy", b"1 2 3", "text.npy: no whole .npy file"),
     ("text", "text", b"hello", "text: not an ONNX file"),
@@ -170,7 +168,8 @@ def test_inputs_that_are_refused(folder, tmp_path, model, name, content, message
     [
         (np.zeros((2, 2), np.int64), r"got int64 (2, 2), expected whole numbers with one axis"),
         (np.zeros(3), "got float64 (3,), expected whole numbers with one axis"),
-        (np.array([{}]), "no whole .npy file"),
+        (np.array([{}]), "got object (1,), expected whole numbers with one axis"),
+        (np.array([1, 2**64 - 1], np.uint64), f"number 2 is token {2**64 - 1}, expected 0 to 10"),
         (np.zeros(0, np.int64), "holds no tokens"),
     ],
 )
@@ -226,24 +225,249 @@ def test_a_device_that_is_lost(folder, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "state").read_bytes() == b"from before"
 
 
-@pytest.mark.skipif(os.name == "nt", reason="sends a signal")
-def test_ctrl_c_saves_what_was_read(folder, tmp_path):
-    """A pipe that stays open: the program waits for more when the signal comes, and is given one more block."""
+@pytest.mark.parametrize("kind", ["bytes", "text", "array"])
+def test_skipping_is_reading_from_there(folder, tmp_path, kind):
+    """In two parts, the second one told by the first where it begins, as in one; also from standard input."""
+    tokens = np.random.default_rng(2).integers(0, 11, 200)
+    path, state, written = tmp_path / "tokens", tmp_path / "state", tmp_path / "r.json"
+    if kind == "bytes":
+        path.write_bytes(TEXT[:200])
+    elif kind == "text":
+        path.write_text(" ".join(map(str, tokens)))
+    else:
+        path = tmp_path / "tokens.npy"
+        np.save(path, tokens.astype(">u2"))
+    model = folder / ("bytes.onnx" if kind == "bytes" else "numbers.onnx")
+    parts = []
+    for options in (
+        [],
+        ["--max-tokens", 70, "--save-state", state],
+        ["--state", state, "--skip", 70, "--save-state", state],
+    ):
+        assert invoke(model, "--input", path, "--json", written, *options)[0] == 0
+        parts.append(json.loads(written.read_text()))
+    assert [part["input_position"] for part in parts] == [200, 70, 200]
+    assert [part["tokens"] for part in parts] == [199, 69, 130]
+    assert all(part["complete"] for part in parts)
+    bits = [part["tokens"] * part["bits_per_token"] for part in parts]
+    assert bits[1] + bits[2] == pytest.approx(bits[0], rel=1e-6)
+    if kind != "array":
+        _, said = invoke(model, "--input", "-", "--skip", 70, "--json", "-", input=path.read_bytes())
+        assert (json.loads(said)["tokens"], json.loads(said)["input_position"]) == (129, 200)
+    status, said = invoke(model, "--input", path, "--skip", 200)
+    assert (status, "holds no tokens after the first 200" in said) == (2, True)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "text", "array"])
+def test_input_that_is_cut_while_it_is_read(tmp_path, kind):
+    """Neither the end of the process, as with a memory map, nor a success with fewer tokens."""
+    tokens = np.random.default_rng(2).integers(0, 11, 200_000)
+    path = tmp_path / "tokens"
+    if kind == "bytes":
+        path.write_bytes(bytes(200_000))
+    elif kind == "text":
+        path.write_text(" ".join(map(str, tokens)))
+    else:
+        path = tmp_path / "tokens.npy"
+        np.save(path, tokens)
+    file = TokenFile(path, "bytes" if kind == "bytes" else "", 11)
+    blocks = file.blocks(1000)
+    next(blocks)
+    os.truncate(path, 100_000)
+    with pytest.raises(SetupError, match=r"tokens.*: ended .*: cut while it was read"):
+        list(blocks)
+    if kind == "array":
+        with pytest.raises(SetupError, match=r"no whole .npy file: holds .* bytes of 200000 numbers, expected 1600000"):
+            next(file.blocks(1000))
+
+
+def test_outputs_that_would_replace_something(folder, tmp_path, monkeypatch):
+    text, model = tmp_path / "text", tmp_path / "m.onnx"
+    text.write_bytes(TEXT[:50])
+    model.write_bytes((folder / "bytes.onnx").read_bytes())
+    (tmp_path / "link").symlink_to(text)
+    (tmp_path / "hard").hardlink_to(text)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    device = Path("/dev/null")
+    for options, message in [
+        (["--save-state", model], "--save-state .*m.onnx: is MODEL.onnx too, which would be lost"),
+        (["--json", text], "--json .*text: is --input too, which would be lost"),
+        (["--json", tmp_path / "link"], "--json .*link: is --input too"),
+        (["--save-state", tmp_path / "hard"], "--save-state .*hard: is --input too"),
+        (["--json", tmp_path / "x", "--save-state", tmp_path / "x"], "--json .*x: is --save-state too"),
+        (["--state", text, "--json", text], "is --input too"),
+        (["--json", device], "/dev/null: is not a regular file, and would have to be replaced"),
+        (["--save-state", "-"], "-: standard output takes no file here"),
+        (["--save-state", "/proc/x"], "/proc/x: cannot write into /proc"),
+    ]:
+        status, said = invoke(model, "--input", text, *options)
+        assert (status, bool(re.search(message, said))) == (2, True), said
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def refspan_run(*words, **options):
+    """The command as a process."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "refspan", "run", *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        **options,
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(not Path("/dev/stdout").exists(), reason="needs /dev/stdout")
+def test_standard_output_is_not_replaced(folder, tmp_path):
+    (tmp_path / "text").write_bytes(TEXT[:50])
+    words = [folder / "bytes.onnx", "--input", tmp_path / "text", "--json"]
+    said, error = refspan_run(*words, "/dev/stdout").communicate()
+    assert (said, error.count(b"\n")) == (b"", 1)
+    assert b"is not a regular file" in error
+    out = tmp_path / "out"
+    with out.open("w") as file:
+        done = subprocess.run([sys.executable, "-m", "refspan", "run", *words, out], stdout=file, check=False)
+    assert (done.returncode, out.read_bytes()) == (2, b"")
+    said, error = refspan_run(*words, "-").communicate()
+    assert (json.loads(said)["tokens"], error) == (49, b"")
+
+
+def test_a_report_is_not_lost_with_the_files(folder, tmp_path, monkeypatch):
+    """The disk is full: what was found is printed, and each file is tried."""
+    (tmp_path / "text").write_bytes(TEXT[:50])
+
+    def full(*_, **__):
+        raise SetupError("state: cannot be written: No space left on device")
+
+    monkeypatch.setattr(OnnxStream, "save_state", full)
+    words = [folder / "bytes.onnx", "--input", tmp_path / "text", "--json", tmp_path / "r", "--save-state", "state"]
+    result = CliRunner().invoke(cli, ["run", *map(str, words)], standalone_mode=False)
+    assert "tokens scored    49" in result.output
+    assert str(result.exception) == "state: cannot be written: No space left on device"
+    assert isinstance(result.exception, SetupError)
+    assert json.loads((tmp_path / "r").read_text())["tokens"] == 49
+
+
+@pytest.mark.parametrize("error", [MemoryError(), StreamFailedError("no memory for slots (the stream is as it was)")])
+def test_memory_that_runs_out(folder, tmp_path, monkeypatch, error):
+    """In the fourth block, before anything has changed: what was read until then is printed, and saved."""
+    (tmp_path / "text").write_bytes(TEXT[:50])
+    (tmp_path / "shorter").write_bytes(TEXT[:24])
+    words = [folder / "bytes.onnx", "--save-state"]
+    assert invoke(*words, tmp_path / "expected", "--input", tmp_path / "shorter")[0] == 0
+    make_room, calls = OnnxStream._make_room, []
+
+    def at_its_end(*arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            raise error
+        return make_room(*arguments)
+
+    monkeypatch.setattr(OnnxStream, "_make_room", at_its_end)
+    state, written = tmp_path / "state", tmp_path / "r.json"
+    result = CliRunner().invoke(
+        cli, ["run", *map(str, [*words, state, "--input", tmp_path / "text", "--json", written])], standalone_mode=False
+    )
+    said = str(error) or "there is no memory left"
+    assert isinstance(result.exception, RunFailedError)
+    if isinstance(error, MemoryError):  # it may have come in the middle of anything
+        assert str(result.exception) == f"{said}; the state is lost"
+        assert not state.exists()
+    else:
+        assert str(result.exception) == f"{said}; go on with --state {state} --skip 24"
+        assert_same_state(state, tmp_path / "expected")
+    assert "tokens scored    23" in result.output
+    report = json.loads(written.read_text())
+    assert (report["complete"], report["tokens"], report["input_position"]) == (False, 23, 24)
+
+
+def test_log_probabilities_that_are_not_finite(folder, tmp_path, monkeypatch):
+    """Neither a score of NaN nor a state that nothing can be gone on with."""
+    (tmp_path / "text").write_bytes(TEXT[:50])
+    step, calls = OnnxStream.step, []
+
+    def wrong(stream, tokens):
+        log_probs = step(stream, tokens)
+        calls.append(1)
+        if len(calls) == 3:
+            log_probs[0, 4, TEXT[20]] = np.nan
+        return log_probs
+
+    monkeypatch.setattr(OnnxStream, "step", wrong)
+    words = ["--input", tmp_path / "text", "--save-state", tmp_path / "s", "--json", tmp_path / "r"]
+    result = CliRunner().invoke(cli, ["run", *map(str, [folder / "bytes.onnx", *words])], standalone_mode=False)
+    assert isinstance(result.exception, RunFailedError)
+    assert str(result.exception) == (
+        f"number 21 of the input, token {TEXT[20]}, gets the log-probability nan: damaged parameters?; "
+        "the state is lost"
+    )
+    assert not (tmp_path / "s").exists()
+    assert json.loads((tmp_path / "r").read_text())["tokens"] == 15
+    calls.clear()
+    monkeypatch.setattr(OnnxStream, "step", lambda stream, tokens: np.full_like(step(stream, tokens), np.nan))
+    result = CliRunner().invoke(cli, ["generate", str(folder / "bytes.onnx"), "--prompt", "a"], standalone_mode=False)
+    assert str(result.exception) == "the model's log-probabilities are NaN: damaged parameters?"
+
+
+signals = pytest.mark.skipif(os.name == "nt", reason="sends signals")
+
+
+@signals
+def test_ctrl_c_ends_waiting_at_once_and_saves_what_was_read(folder, tmp_path):
+    """A pipe that stays open: the program waits for more when the signal comes."""
     state = tmp_path / "state"
-    command = [sys.executable, "-m", "refspan", "run", folder / "bytes.onnx", "--input", "-", "--save-state", state]
-    process = subprocess.Popen(
-        [*map(str, command), "--block", "100"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    process = refspan_run(
+        folder / "bytes.onnx", "--input", "-", "--save-state", state, "--block", "5", stdin=subprocess.PIPE
     )
     process.stdin.write(TEXT[:300])
     process.stdin.flush()
     time.sleep(3)
     process.send_signal(signal.SIGINT)
-    time.sleep(0.5)
-    process.stdin.write(TEXT[300:400])
+    process.wait(timeout=10)
     said, error = process.communicate()
     assert process.returncode == 130, error
     assert b"tokens scored    299" in said
-    assert b"interrupted; go on with --state" in error
+    assert error == f"interrupted; go on with --state {state} --skip 300\n".encode()
     (tmp_path / "first").write_bytes(TEXT[:300])
-    invoke(folder / "bytes.onnx", "--input", tmp_path / "first", "--save-state", tmp_path / "same", "--block", 100)
+    invoke(folder / "bytes.onnx", "--input", tmp_path / "first", "--save-state", tmp_path / "same", "--block", 5)
     assert_same_state(state, tmp_path / "same")
+
+
+@signals
+@pytest.mark.parametrize("pauses", [[0.002], [0.01, 0.01], [0.3], [0.01] * 20])
+def test_ctrl_c_in_quick_succession_is_one(folder, tmp_path, pauses):
+    """In the middle of work: the state is saved all the same, and it is where the program says that it is."""
+    text, state = tmp_path / "text", tmp_path / "state"
+    text.write_bytes(TEXT * 2000)
+    process = refspan_run(folder / "bytes.onnx", "--input", text, "--save-state", state)
+    time.sleep(3)
+    process.send_signal(signal.SIGINT)
+    for pause in pauses:
+        time.sleep(pause)
+        process.send_signal(signal.SIGINT)
+    said, error = process.communicate(timeout=60)
+    # Once all is done, Python no longer listens, and the last of many ends the process as the system has it.
+    assert process.returncode in (130, -signal.SIGINT), error
+    assert b"Traceback" not in error
+    skip = int(error.split()[-1])
+    assert error == f"interrupted; go on with --state {state} --skip {skip}\n".encode()
+    assert f"tokens scored    {skip - 1:,}".encode() in said
+    assert load_state_notes(state) == {"next_token": str(text.read_bytes()[skip - 1])}
+
+
+@signals
+def test_ctrl_c_again_stops_what_takes_long():
+    """A second later it is an exception wherever the program is; and once more ends the process."""
+    code = (
+        "import os, signal, time\n"
+        "from refspan.interrupt import Interrupts\n"
+        "stop = Interrupts()\n"
+        "os.kill(os.getpid(), signal.SIGINT)\n"
+        "os.kill(os.getpid(), signal.SIGINT)\n"
+        "print('noted', bool(stop), flush=True)\n"
+        "time.sleep(1.1)\n"
+        "try:\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "except KeyboardInterrupt:\n"
+        "    print('raised', flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGINT)\n"
+        "print('alive')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "noted True\nraised\n", "")

@@ -153,6 +153,14 @@ def set_label(name, value):
     return function
 
 
+def set_config(**settings):
+    def function(model):
+        config = next(entry for entry in model.metadata_props if entry.key == "config")
+        config.value = json.dumps({**json.loads(config.value), **settings})
+
+    return function
+
+
 def set_external(key, value):
     def function(model):
         tensor = next(t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL)
@@ -188,9 +196,19 @@ def other_type(model):
         (set_label("form", "other"), "its metadata is damaged: form other"),
         (set_label("positions", "-1"), "its metadata is damaged"),
         (set_label("fingerprint", "zz"), "its metadata is damaged"),
-        (set_label("fingerprint", "00"), "its metadata is damaged"),
-        (set_label("dtype", "float16"), "input layers.0.recent_key: got float32, its metadata promise float16"),
-        (other_type, "input lengths: got float32, its metadata promise int64"),
+        (set_label("fingerprint", "00"), "its metadata is damaged: a fingerprint of 1 bytes, expected 32"),
+        (set_label("tokenizer", None), "its metadata has no tokenizer"),
+        (set_label("opset", "1"), r"its metadata is damaged: opset 1, the graph's is \[23\]"),
+        (set_config(layers=10**9), "got 17 inputs, its metadata promise some for each of 1000000000 layers"),
+        (set_config(layers=3), r"input layers.2.recent_key: got none, its metadata promise float32 \[B, 3, 2, 5\]"),
+        (set_config(layers=1), r"input layers.1.recent_key: got float32 \[B, 3, 2, 5\], its metadata promise none"),
+        (set_config(heads=3), r"layers.0.recent_key: got float32 \[B, 3, 2, 5\], its metadata promise .* 3, 3, 5\]"),
+        (set_config(head_size=10**9), r"its metadata promise float32 \[B, 3, 2, 1000000000\]"),
+        (set_config(vocab_size=300), r"output log_probs: got float32 \[B, M, 256\], its metadata promise .*300\]"),
+        (set_label("positions", str(10**10)), r"layers.0.recent_key: got .*promise float32 \[B, 10000000000, 2, 5\]"),
+        (set_label("form", "portable"), r"distant_key: got float32 \[B, 2, C0, 8\], .*promise .*\[B, 2, C, 6\]"),
+        (set_label("dtype", "float16"), r"input layers.0.recent_key: got float32 .*, its metadata promise float16 "),
+        (other_type, r"input lengths: got float32 \[B\], its metadata promise int64 \[B\]"),
         (lambda model: model.graph.input.pop(), "input layers.1.distant_age: got none"),
         (set_external("location", "../m.onnx.data"), "weights at '../m.onnx.data', expected a file in the model's own"),
         (
@@ -242,7 +260,7 @@ def test_a_graph_that_onnxruntime_refuses(written):
         model.graph.node[0].op_type = "NoSuchOperator"
 
     change(written, break_it)
-    with pytest.raises(SetupError, match=r"onnxruntime .* refused the graph: .*NoSuchOperator"):
+    with pytest.raises(SetupError, match=r"m.onnx: device cpu: onnxruntime .* refused the graph: .*NoSuchOperator"):
         OnnxModel(written)
 
 

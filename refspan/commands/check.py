@@ -8,8 +8,8 @@ import click
 
 from refspan.conformance.protocol import EXAMPLES, TIMEOUT
 from refspan.errors import SetupError
-from refspan.files import check_writable, write_whole
-from refspan.interrupt import note_interrupts
+from refspan.files import check_distinct, check_writable, write_whole
+from refspan.interrupt import Interrupts
 
 if TYPE_CHECKING:
     from refspan.conformance.vectors.vector import Vector
@@ -111,6 +111,7 @@ def command(
         raise SetupError(f"unknown dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
     asked = {"json": json_path, "junit": junit, "html": html, "badge": badge}
     files = {form: path for form, path in asked.items() if path is not None}
+    check_distinct({f"--{form}": path for form, path in files.items()}, {"--expected-failures": expected_path})
     for path in files.values():
         check_writable(path)
     if failures_path is not None:
@@ -136,7 +137,7 @@ def command(
 
     saved: list[Vector] = []
     interrupted = False
-    asked_to_stop = note_interrupts()
+    asked_to_stop = Interrupts()
     try:
         for line in report.header():
             click.echo(line)
@@ -176,7 +177,7 @@ def _as(form: str, report: Any) -> bytes:
 
 
 def _run(
-    run: Any, session: Any, checks: Any, report: Any, asked_to_stop: list[int], *, examples: int, **options: Any
+    run: Any, session: Any, checks: Any, report: Any, asked_to_stop: Interrupts, *, examples: int, **options: Any
 ) -> None:
     """Print a line per check as it finishes; on a terminal a bar shows the one at work."""
     from tqdm import tqdm

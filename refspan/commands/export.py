@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from refspan.errors import SetupError
-from refspan.files import check_writable, write_whole
+from refspan.files import check_distinct, check_writable, write_whole
 
 if TYPE_CHECKING:
     import onnx
@@ -104,6 +104,8 @@ def model(checkpoint: Path, out: Path, form: str, dtype: str, opset: int | None,
     from refspan.checkpoint import load_model, load_notes
     from refspan.export import streaming_model, write_model_file
 
+    beside = out.with_name(f"{out.name}.data")
+    check_distinct({"OUT": out, "the weights beside it,": beside}, {"CHECKPOINT": checkpoint})
     check_writable(out)
     config, params = load_model(checkpoint)
     kind = load_notes(checkpoint).get("tokenizer", "") if tokenizer is None else tokenizer.replace("none", "")

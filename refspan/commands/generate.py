@@ -1,6 +1,8 @@
 """`refspan generate`: let an exported model continue a text."""
 
 import codecs
+import sys
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +22,12 @@ if TYPE_CHECKING:
 @click.option("--temperature", type=float, default=1.0, show_default=True, help="0 takes the most probable token.")
 @click.option("--top-k", type=int, help="Draw from the K most probable tokens only.")
 @click.option("--top-p", type=float, help="Draw from the most probable tokens that reach the share P together.")
-@click.option("--seed", type=int, default=0, show_default=True, help="The same seed gives the same text.")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="The same seed gives the same text."
+)
 @click.option("--state", "state_path", type=click.Path(path_type=Path), help="Go on from a state that was saved.")
 @click.option("--device", metavar="cpu|cuda", default="cpu", show_default=True)
-@click.option("--threads", type=click.IntRange(min=1), help="On the CPU; by default one per core.")
+@click.option("--threads", type=click.IntRange(min=1, max=1024), help="On the CPU; by default one per core.")
 def command(
     *,
     model_path: Path,
@@ -46,11 +50,13 @@ def command(
     from refspan.export.sampling import check_sampling, sample
     from refspan.export.tokens import TokenFile
 
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal need not know every character
     if prompt is not None and prompt_file is not None:
         raise SetupError("--prompt and --prompt-file: got both, expected one")
+    random = np.random.default_rng(seed)
     try:
         check_sampling(temperature, top_k, top_p)
-        random = np.random.default_rng(seed)
     except ValueError as error:
         raise SetupError(f"--{str(error).replace('_', '-')}") from None
     with OnnxModel(model_path, device=device, threads=threads) as model:
@@ -61,8 +67,8 @@ def command(
         if prompt_file is not None:
             blocks = TokenFile(prompt_file, model.metadata["tokenizer"], vocabulary).blocks(model.config.block_size)
             run.read(blocks)
-        elif prompt:
-            run.read(iter([tokens_of(prompt, of_bytes, vocabulary)]))
+        elif prompt is not None and len(tokens := tokens_of(prompt, of_bytes, vocabulary)):
+            run.read(iter([tokens]))
         try:
             decoder = codecs.getincrementaldecoder("utf-8")("replace")
             for _ in range(count):

@@ -28,9 +28,10 @@ def command(checkpoint: Path, out: Path, settings: Path | None) -> None:
     It must be an Expire-Span or a Transformer-XL model. Code that a checkpoint may hold is not run. Needs PyTorch.
     """
     from refspan.checkpoint import save_model
-    from refspan.files import check_file, check_writable
+    from refspan.files import check_distinct, check_file, check_writable
     from refspan.interop import from_transformer_sequential
 
+    check_distinct({"OUT": out}, {"CHECKPOINT": checkpoint, "--settings": settings})
     check_writable(out)
     check_file(checkpoint)
     given = read_settings(settings or checkpoint.parent / "args.txt")

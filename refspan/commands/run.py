@@ -2,8 +2,8 @@
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
 from math import inf, log
 from pathlib import Path
 from time import perf_counter
@@ -11,14 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from refspan.errors import SetupError
-from refspan.files import check_writable, write_whole
-from refspan.interrupt import note_interrupts
+from refspan.errors import RunFailedError, SetupError
+from refspan.files import check_distinct, check_writable, write_whole
+from refspan.interrupt import Interrupts
 
 if TYPE_CHECKING:
     import numpy as np
 
     from refspan.export import OnnxModel, OnnxStream
+
+LONGEST_BLOCK = 4096
+"""Tokens of one step, unless --block says more: models have been known to claim absurd block sizes."""
 
 PENDING = "next_token"
 """Note in the file of a state: the token that was read last, and that the stream is given first when it goes on."""
@@ -29,21 +32,31 @@ PENDING = "next_token"
 @click.option(
     "--input", "input_path", required=True, type=click.Path(path_type=Path), help="File; - is standard input."
 )
+@click.option(
+    "--skip", type=click.IntRange(min=0), default=0, help="Leave out so many tokens at the input's beginning."
+)
+@click.option("--max-tokens", type=click.IntRange(min=1), help="Read no more than so many.")
 @click.option("--device", metavar="cpu|cuda", default="cpu", show_default=True)
-@click.option("--threads", type=click.IntRange(min=1), help="On the CPU; by default one per core.")
-@click.option("--block", type=click.IntRange(min=1), help="Tokens of one step; by default the model's block size.")
-@click.option("--max-tokens", type=click.IntRange(min=1), help="Read no more.")
+@click.option("--threads", type=click.IntRange(min=1, max=1024), help="On the CPU; by default one per core.")
+@click.option("--block", type=click.IntRange(min=1), help="Tokens of one step; by default and at most the block size.")
 @click.option("--state", "state_path", type=click.Path(path_type=Path), help="Go on from a state that was saved.")
 @click.option("--save-state", type=click.Path(path_type=Path), help="Save the state in the end, also after Ctrl-C.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="FILE", help="Write the report to FILE.")
+@click.option(
+    "--json",
+    "json_path",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write the report to FILE; to standard output, and there nothing else, if it is -.",
+)
 def command(
     *,
     model_path: Path,
     input_path: Path,
+    skip: int,
+    max_tokens: int | None,
     device: str,
     threads: int | None,
     block: int | None,
-    max_tokens: int | None,
     state_path: Path | None,
     save_state: Path | None,
     json_path: Path | None,
@@ -53,48 +66,81 @@ def command(
     If the model's tokens are bytes, any file is read as bytes. Otherwise the file holds token numbers: text with white
     space between them, or a .npy array. Each token is scored by what the model said of it before it was read; the first
     one of a stream is not.
+
+    A run that ends early says how to go on: with the state that it saved, and the tokens of the input to skip.
     """
     from refspan.export import OnnxModel
-    from refspan.export.tokens import TokenFile
+    from refspan.export.tokens import STDIN, TokenFile
 
-    for path in (save_state, json_path):
+    printed = json_path == Path("-")
+    json_file = None if printed else json_path
+    read = {"MODEL.onnx": model_path, "--input": None if input_path == STDIN else input_path}
+    check_distinct({"--save-state": save_state, "--json": json_file}, read)
+    check_distinct({"--json": json_file}, {"--state": state_path})  # --save-state may take its place
+    for path in (save_state, json_file):
         if path is not None:
             check_writable(path)
+    fault: BaseException | None = None
     with OnnxModel(model_path, device=device, threads=threads) as model:
-        tokens = TokenFile(input_path, model.metadata["tokenizer"], model.config.vocab_size)
-        run = Run(model)
+        tokens = TokenFile(input_path, model.metadata["tokenizer"], model.config.vocab_size, skip)
+        run = Run(model, skip)
         if state_path is not None:
             run.load_state(state_path)
-        interrupted = False
         try:
-            length = block or model.config.block_size
-            run.read(tokens.blocks(length), tokens.size(), max_tokens, note_interrupts())
-        except KeyboardInterrupt:
-            interrupted = True
-        except SetupError:
-            if save_state is not None and run.scored:
-                run.save_state(save_state)  # what was read before the fault is not lost
-            raise
-        report = run.report()
-        if save_state is not None:
-            run.save_state(save_state)
-    if json_path is not None:
-        write_whole(json_path, json.dumps(report, indent=1).encode())
-    for line in lines_of(report):
-        click.echo(line)
-    if interrupted:
-        click.echo("interrupted" + (f"; go on with --state {save_state}" if save_state else ""), err=True)
-    return 130 if interrupted else 0
+            length = min(block or LONGEST_BLOCK, model.config.block_size)
+            run.read(tokens.blocks(length), tokens.size(), max_tokens, Interrupts())
+        except (KeyboardInterrupt, SetupError, RunFailedError, MemoryError) as error:
+            fault = error
+        report = run.report(complete=fault is None)
+        worth_it = fault is None or run.scored > 0
+        if worth_it:
+            for line in [json_of(report)] if printed else lines_of(report):
+                click.echo(line)
+        # Each is written even if the other cannot be.
+        unwritten: list[BaseException] = []
+        how = ""
+        if save_state is not None and run.position > skip:
+            how = "; the state is lost"
+            if run.whole and _tried(lambda: run.save_state(save_state), unwritten):
+                how = f"; go on with --state {save_state} --skip {run.position}"
+        if json_file is not None and worth_it:
+            _tried(lambda: write_whole(json_file, json_of(report).encode()), unwritten)
+    if isinstance(fault, KeyboardInterrupt):
+        click.echo("; ".join(["interrupted", *map(_said, unwritten)]) + how, err=True)
+        return 130
+    faults = [error for error in (fault, *unwritten) if error is not None]
+    if faults:
+        kind = SetupError if isinstance(faults[0], SetupError) else RunFailedError
+        raise kind("; ".join(map(_said, faults)) + (how if fault is not None else ""))
+    return 0
+
+
+def _tried(write: Callable[[], None], faults: list[BaseException]) -> bool:
+    """Whether that could be written; what went wrong is added to `faults`."""
+    try:
+        write()
+    except (SetupError, RunFailedError, MemoryError) as error:
+        faults.append(error)
+        return False
+    return True
+
+
+def _said(error: BaseException) -> str:
+    return str(error) or "there is no memory left"
 
 
 class Run:
     """One stream through a model, and what it has made of its tokens."""
 
-    def __init__(self, model: "OnnxModel") -> None:
+    def __init__(self, model: "OnnxModel", position: int = 0) -> None:
         self._model = model
         self._stream: OnnxStream = model.open(1)
         self._pending: int | None = None
         """The last token, which the stream has not been given yet: what follows it is scored first."""
+        self.position = position
+        """Tokens of the input that were read, or left out."""
+        self.whole = True
+        """Whether the state is that after the token before `position`."""
         self.scored, self._nats, self._seconds, self._steps = 0, 0.0, 0.0, 0
         layers = model.config.layers
         self._live_sum, self._live_most = [0] * layers, [0] * layers
@@ -119,11 +165,11 @@ class Run:
         blocks: "Iterator[np.ndarray[Any, Any]]",
         total: int | None = None,
         most: int | None = None,
-        stop: Sequence[Any] = (),
+        stop: "Interrupts | None" = None,
     ) -> None:
         """Score all blocks, or as many tokens as `most`; with a bar on a terminal.
 
-        Raises KeyboardInterrupt before the next block once `stop` is no longer empty.
+        Raises KeyboardInterrupt before the next block once `stop` is true, or while it waits for one.
         """
         from tqdm import tqdm
 
@@ -132,9 +178,11 @@ class Run:
         left = inf if most is None else most
         # disable=None: no bar where stderr is no terminal
         with tqdm(total=total, disable=None, leave=False, unit="token", unit_scale=True, dynamic_ncols=True) as bar:
-            for block in blocks:
-                if stop:
-                    raise KeyboardInterrupt
+            while left > 0:
+                with stop.waiting() if stop is not None else nullcontext():
+                    block = next(blocks, None)
+                if block is None:
+                    return
                 given = block[: int(min(left, len(block)))]
                 self._step(given)
                 left -= len(given)
@@ -142,8 +190,6 @@ class Run:
                 if not bar.disable and self.scored:
                     live = " ".join(map(str, self._stream.memory_size()))
                     bar.set_postfix_str(f"{self._bits():.3f} bits, live {live}", refresh=False)
-                if left == 0:
-                    return
 
     def give(self, token: int) -> None:
         """Let this be the token that follows; it is not scored."""
@@ -157,33 +203,65 @@ class Run:
             raise SetupError("nothing to continue: give a --prompt, or a --state that refspan run saved")
         log_probs: np.ndarray[Any, Any] = self._stream.step(np.array([[self._pending]]))[0, 0]
         self._pending = None
+        if np.any(np.isnan(log_probs)):
+            raise RunFailedError(f"the model's log-probabilities are NaN{self._why_not_finite()}")
         return log_probs
 
     def _step(self, tokens: "np.ndarray[Any, Any]") -> None:
+        """Score tokens, and let the last one be pending; `whole` is false if that ends in its middle."""
         import numpy as np
 
         first = [] if self._pending is None else [self._pending]
         fed = np.concatenate([np.array(first, np.int64), tokens])
+        self.whole = False
+        if len(fed) > 1:
+            start = perf_counter()
+            try:
+                log_probs = self._stream.step(fed[None, :-1])[0]  # [m, V]
+            except RunFailedError:
+                self.whole = not self._stream.broken and len(fed) - 1 <= self._model.config.block_size
+                raise
+            self._seconds += perf_counter() - start
+            scores = log_probs[np.arange(len(fed) - 1), fed[1:]].astype(np.float64)
+            self._check_scores(scores, self.position + len(tokens) - len(scores), fed[1:])
+            self._nats -= float(np.sum(scores))
+            self.scored += len(fed) - 1
+            self._steps += 1
+            live = self._stream.memory_size()
+            self._live_sum = [total + n for total, n in zip(self._live_sum, live, strict=True)]
+            self._live_most = [max(most, n) for most, n in zip(self._live_most, live, strict=True)]
         self._pending = int(fed[-1])
-        if len(fed) == 1:
-            return
-        start = perf_counter()
-        log_probs = self._stream.step(fed[None, :-1])[0]  # [m, V]
-        self._seconds += perf_counter() - start
-        self._nats -= float(np.sum(log_probs[np.arange(len(fed) - 1), fed[1:]], dtype=np.float64))
-        self.scored += len(fed) - 1
-        self._steps += 1
-        live = self._stream.memory_size()
-        self._live_sum = [total + n for total, n in zip(self._live_sum, live, strict=True)]
-        self._live_most = [max(most, n) for most, n in zip(self._live_most, live, strict=True)]
+        self.position += len(tokens)
+        self.whole = True
+
+    def _check_scores(self, scores: "np.ndarray[Any, Any]", before: int, tokens: "np.ndarray[Any, Any]") -> None:
+        """Raise unless all are finite. `before`: tokens of the input before the first one that is scored."""
+        import numpy as np
+
+        wrong = np.flatnonzero(~np.isfinite(scores))
+        if len(wrong):
+            i = int(wrong[0])
+            raise RunFailedError(
+                f"number {before + i + 1} of the input, token {tokens[i]}, gets the log-probability {scores[i]:g}"
+                f"{self._why_not_finite()}"
+            )
+
+    def _why_not_finite(self) -> str:
+        narrow = self._model.metadata["dtype"] == "float16"
+        return ": float16 may be too narrow, export with --dtype float32" if narrow else ": damaged parameters?"
 
     def _bits(self) -> float:
         return self._nats / self.scored / log(2)
 
-    def report(self) -> dict[str, Any]:
+    def report(self, *, complete: bool = True) -> dict[str, Any]:
         """What there is to say, by name; None for what is not known."""
+        from refspan.export.session import device_memory_in_use
+
         config, bits = self._model.config, self._bits() if self.scored else None
+        on_device = self._model.device != "cpu"
         return {
+            "complete": complete,
+            "input_position": self.position,
             "tokens": self.scored,
             "bits_per_token": bits,
             "bits_per_byte": bits if self._model.metadata["tokenizer"] == "bytes" else None,
@@ -195,6 +273,7 @@ class Run:
             "slots": list(self._stream.slots()),
             "state_bytes": self._stream.state_bytes(),
             "peak_memory_bytes": peak_memory(),
+            "device_memory_bytes": device_memory_in_use() if on_device else None,
             "device": self._model.device,
         }
 
@@ -208,6 +287,11 @@ def peak_memory() -> int | None:
     return None
 
 
+def json_of(report: dict[str, Any]) -> str:
+    """The report for programs."""
+    return json.dumps(report, indent=1, allow_nan=False) + "\n"
+
+
 def lines_of(report: dict[str, Any]) -> list[str]:
     """The report for people."""
     lines = [f"tokens scored    {report['tokens']:,}"]
@@ -219,6 +303,7 @@ def lines_of(report: dict[str, Any]) -> list[str]:
     for i, (mean, most, slots) in enumerate(memories):
         about = f"of at most {report['longest_life']:g}; {slots} slots" if i == 0 else f"{slots} slots"
         lines.append(f"layer {i:<10} {mean:.0f} live memories on average, {most} at most, {about}")
-    peak = report["peak_memory_bytes"]
+    peak, on_device = report["peak_memory_bytes"], report["device_memory_bytes"]
     held = f", {peak / 2**20:.0f} MiB of the process at its peak" if peak else ""
+    held += f", {on_device / 2**20:.0f} MiB of the device by all that use it" if on_device else ""
     return [*lines, f"memory           {report['state_bytes'] / 2**20:.1f} MiB of state on {report['device']}{held}"]
