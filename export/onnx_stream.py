@@ -1,7 +1,6 @@
 """Streams of tokens through a model that ONNX Runtime runs; what they remember stays on its device."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,16 +30,10 @@ class StreamFailedError(RunFailedError):
     """
 
 
-@contextmanager
-def _failing(doing: str) -> Iterator[None]:
-    """Let whatever goes wrong be a StreamFailedError that says `doing` what."""
-    try:
-        yield
-    except RunFailedError:
-        raise
-    except Exception as error:  # noqa: BLE001 - onnxruntime raises a dozen unrelated types
-        said = "there is no memory left" if isinstance(error, MemoryError) else line_of(error)
-        raise StreamFailedError(f"ONNX Runtime failed {doing}: {said}") from None
+def _failed(doing: str, error: Exception) -> StreamFailedError:
+    """What to raise instead of an error of ONNX Runtime, which knows a dozen unrelated types, or of NumPy."""
+    said = "there is no memory left" if isinstance(error, MemoryError) else line_of(error)
+    return StreamFailedError(f"ONNX Runtime failed {doing}: {said}")
 
 
 class OnnxStream:
@@ -138,10 +131,12 @@ class OnnxStream:
         """
         buffers = self._opened()
         state: dict[str, Array] = {}
-        with _failing("to copy the state from the device"):
+        try:
             for i in range(self.config.layers):
                 memory = to_memory(self._model.layout, *buffers.arrays(i), self._restart)
                 state |= {f"layers.{i}.{name}": x for name, x in {"age": memory.age, **memory.contents}.items()}
+        except Exception as error:  # noqa: BLE001
+            raise _failed("to copy the state from the device", error) from None
         return state | {"model": self._model.fingerprint.copy()}
 
     def restore(self, state: Mapping[str, Array]) -> None:
@@ -195,8 +190,10 @@ class OnnxStream:
         """Log-probabilities [B, M, V] of at most block_size tokens a row."""
         session = self._model.session
         self._make_room(buffers, tokens.shape[1], lengths)
-        with _failing("to make room for the results of a step (the stream is as it was)"):
+        try:
             log_probs = np.empty((*tokens.shape, self.config.vocab_size), self._model.layout.dtype)
+        except MemoryError as error:
+            raise _failed("to make room for the results of a step (the stream is as it was)", error) from None
         binding, bound = buffers.binding, self._bound[buffers.turn]
         for name, array in (("tokens", tokens), ("lengths", lengths), ("restart", self._restart)):
             if name == "tokens" or bound.get(name) is not array:
@@ -204,8 +201,10 @@ class OnnxStream:
                 bound[name] = array  # it must live as long as it is bound; all but tokens are ours and never written to
         bind_output(binding, "log_probs", log_probs)
         self._broken = True  # until the step is done: Ctrl-C may come at any point, too
-        with _failing("in the middle of a step"):
+        try:
             session.run_with_iobinding(binding)
+        except Exception as error:  # noqa: BLE001
+            raise _failed("in the middle of a step", error) from None
         buffers.advance()
         self._counts, self._last_lengths, self._restart = self._bound_counts.copy(), lengths, self._no_restart
         self._broken = False
@@ -220,8 +219,10 @@ class OnnxStream:
         ]
         for i, slots in enumerate(wanted):
             if slots != buffers.slots[i]:
-                with _failing(f"to make {slots} slots in layer {i} (the stream is as it was)"):
+                try:
                     buffers.repack(i, slots)
+                except Exception as error:  # noqa: BLE001
+                    raise _failed(f"to make {slots} slots in layer {i} (the stream is as it was)", error) from None
 
     def _limited(self, layer: int, slots: int) -> int:
         if self._max_slots is not None and slots > self._max_slots:
@@ -239,12 +240,14 @@ class OnnxStream:
             self._limited(i, slots_for(1 + int(np.max(np.sum(one.age > layout.positions, axis=1), initial=0))))
             for i, one in enumerate(memory)
         ]
-        with _failing("to make room for the state"):
+        try:
             for one, most in zip(memory, slots, strict=True):
                 recent, distant, count = from_memory(layout, one, most)
                 layers.append((recent, distant))
                 counts.append(count)
             self._buffers = Buffers(self._model, layers)
+        except Exception as error:  # noqa: BLE001
+            raise _failed("to make room for the state", error) from None
         self._counts = np.array(counts)
         self._bound_counts = self._counts.copy()
         self._buffers.bind_output("live", self._bound_counts)
