@@ -116,6 +116,7 @@ def cases(
     projected: bool = False,
     least_tokens: int = 1,
     most_tokens: int = MOST_TOKENS,
+    long_block: int | None = None,
     **about_model: Any,
 ) -> ModelCase:
     """Streams that are opened and stepped in turn, in blocks of random length and single tokens.
@@ -133,6 +134,7 @@ def cases(
         projected: whether the number of projections is asked in the end.
         least_tokens: that each stream reads.
         most_tokens: that it reads beyond these.
+        long_block: tokens of one more kind of block.
         about_model: see `models`.
     """
     program: list[Operation] = []
@@ -172,7 +174,8 @@ def cases(
             program.append(Restore(name, f"state_{name}"))
         elif room > 0:
             block = one.config.block_size
-            length = 1 if kind == "token" else min(room, draw(st.sampled_from((block, block - 1, 2 * block + 1, 7))))
+            lengths = (block, block - 1, 2 * block + 1, 7, *((long_block,) if long_block else ()))
+            length = 1 if kind == "token" else min(room, draw(st.sampled_from(lengths)))
             tokens = rng.integers(0, one.config.vocab_size, (one.batch, max(1, length)))
             program.append(Step(name, tokens))
             read[name] += tokens.shape[1]

@@ -111,6 +111,7 @@ class Probe:
 
     def programs(self, *asked: Program) -> list[list[Any]]:
         """Answers to these programs, one per operation, asked one after the other."""
+        self.asked, self.compared = asked, {}
         return [self._ask(self._session.run_program, program) for program in asked]
 
     def _ask(self, ask: Callable[..., list[Any]], *question: Any) -> list[Any]:

@@ -22,7 +22,9 @@ from refspan.conformance.registry import CHECKS, LEVELS, Check, Probe
 from refspan.conformance.report import Failure, Known, Report, Result, Status
 from refspan.conformance.sessions import Hung, Session
 from refspan.conformance.tolerance import Expected
-from refspan.conformance.vectors.vector import OF_LEVEL, Vector, vector_of
+from refspan.conformance.vectors.program_vector import program_vector_of
+from refspan.conformance.vectors.reading import AnyVector
+from refspan.conformance.vectors.vector import OF_LEVEL, vector_of
 from refspan.errors import SetupError
 
 DTYPES = ("float16", "float32", "float64")
@@ -69,7 +71,7 @@ def run(
     replay: Callable[[str], str] = "refspan check --check {}".format,
     tick: Callable[[Check, int], None] = lambda check, example: None,  # noqa: ARG005
     expected: Mapping[str, Known] = MappingProxyType({}),
-    keep: Callable[[Vector], None] = lambda vector: None,  # noqa: ARG005
+    keep: Callable[[AnyVector], None] = lambda vector: None,  # noqa: ARG005
 ) -> Iterator[Result]:
     """Run `checks`, yield each result and add it to `report`; mark the report complete at the end.
 
@@ -85,7 +87,7 @@ def run(
         replay: the command that runs the check of an id again.
         tick: called before each example.
         expected: check -> why it is expected to fail.
-        keep: called with the smallest counterexample of each failure that is about one attention step.
+        keep: called with the smallest counterexample of each failure that one question shows.
     """
     checks = list(checks)
     report.planned = len(checks)
@@ -111,7 +113,7 @@ def _run_one(
     examples: int,
     replay: str,
     tick: Callable[[Check, int], None],
-    keep: Callable[[Vector], None],
+    keep: Callable[[AnyVector], None],
 ) -> Result:
     probe = Probe(session)
     asked = 0
@@ -161,16 +163,20 @@ def _run_one(
         if found is None:
             return result(status, Failure(f"the check could not be finished{note}", (), replay))
         case, error, question, compared = found
-        if (operation := OF_LEVEL.get(check.level)) is not None:
-            purpose = check.purpose.partition("\n")[0]
-            vector = vector_of(
-                question, operation, check=check.id, clauses=check.clauses, purpose=purpose, compared=compared
-            )
-            if vector is not None:
-                keep(vector)
+        vector = _frozen(check, case, question, compared)
+        if vector is not None:
+            keep(vector)
         pictures = tuple(pictures_of(case, error.row))
         return result(status, Failure(f"{error}{note}", tuple(case.describe()), replay, pictures))
     return result(status)
+
+
+def _frozen(check: Check, case: Any, question: Any, compared: Mapping[str, Expected]) -> AnyVector | None:
+    """The question of a check as a vector; None if it cannot be one."""
+    about: dict[str, Any] = {"check": check.id, "clauses": check.clauses, "purpose": check.purpose.partition("\n")[0]}
+    if (operation := OF_LEVEL.get(check.level)) is not None:
+        return vector_of(question, operation, compared=compared, **about)
+    return program_vector_of(question, notes=getattr(case, "notes", ()), **about)
 
 
 def drawn(check: Check, dtype: np.dtype, seed: int, examples: int) -> list[Any]:

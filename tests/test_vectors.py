@@ -14,17 +14,33 @@ import pytest
 import safetensors.numpy
 from test_check_command import check, run_module
 
+import refspan
 from refspan.conformance.mutants import MUTANTS
+from refspan.conformance.programs import Open, Reset, Restore, Save, Size, Step
 from refspan.conformance.report import Report
 from refspan.conformance.runner import run, select
 from refspan.conformance.sessions import InProcess
 from refspan.conformance.vectors.folder import lint_folder, write_folder
 from refspan.conformance.vectors.frozen import frozen_vectors
+from refspan.conformance.vectors.program_vector import ProgramVector, program_vector_of
 from refspan.conformance.vectors.reading import read_folder
 from refspan.conformance.vectors.replay import checks_of
+from refspan.conformance.vectors.vector import Vector
 from refspan.errors import SetupError
 
+LEFT = {"BiasAtMinusMaxSpan", "SpansStartAtRandom", "ProjectsAllMemoriesAgain"}
+"""Wrong in what no program of a vector asks: parameters to start from, and how often something is computed."""
 EPSILON = "refspan.conformance.mutants.weights:Epsilon"
+
+
+def steps():
+    """Those of one attention step."""
+    return [vector for vector in frozen_vectors() if isinstance(vector, Vector)]
+
+
+def programs():
+    """Those of a whole model."""
+    return [vector for vector in frozen_vectors() if isinstance(vector, ProgramVector)]
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +53,7 @@ def whole(tmp_path_factory):
 @pytest.fixture
 def folder(tmp_path):
     """A folder of few vectors, to be spoilt."""
-    chosen = {vector.operation: vector for vector in frozen_vectors() if vector.inputs["span"].size > 1}
+    chosen = {vector.operation: vector for vector in steps() if vector.inputs["span"].size > 1}
     write_folder(tmp_path / "v", list(chosen.values()))
     return tmp_path / "v"
 
@@ -59,8 +75,12 @@ def test_frozen_ones_say_why_they_exist():
         assert vector.purpose
         assert vector.clauses
         assert set(vector.kills) <= set(MUTANTS)
-    assert {vector.dtype for vector in vectors} == {"float16", "float32", "float64"}
-    assert {vector.operation for vector in vectors} == {"soft_mask", "span_attention", "span_attention_backward"}
+    assert {(vector.operation, vector.dtype) for vector in vectors} == {
+        (operation, dtype)
+        for operation in ("soft_mask", "span_attention", "span_attention_backward", "stream", "training")
+        for dtype in ("float16", "float32", "float64")
+        if (operation, dtype) != ("soft_mask", "float16")  # spans are never so narrow
+    }
 
 
 def test_the_folder_is_sound_and_as_the_schema_says(whole):
@@ -82,18 +102,27 @@ def test_the_same_bytes_every_time(whole, tmp_path):
 
 
 def test_ids_come_from_what_is_asked():
-    vector = next(vector for vector in frozen_vectors() if vector.inputs["span"].size)
+    vector = next(vector for vector in steps() if vector.inputs["span"].size)
     assert replace(vector, purpose="other", kills=(), notes=()).id == vector.id
     assert replace(vector, ramp=vector.ramp + 1).id != vector.id
     assert replace(vector, queries=vector.queries + 1).id != vector.id
     span = vector.inputs["span"].copy()
     span.flat[0] += 1
     assert replace(vector, inputs={**vector.inputs, "span": span}).id != vector.id
+    for vector in programs():
+        first = vector.program[0]
+        assert replace(vector, purpose="other", kills=(), notes=()).id == vector.id
+        assert replace(vector, program=vector.program[:-1]).id != vector.id
+        params = {name: x if name != "output.bias" else x + 1 for name, x in first.params.items()}
+        assert replace(vector, program=(replace(first, params=params), *vector.program[1:])).id != vector.id
 
 
 def test_they_reject_the_mutants_that_they_say():
     vectors = frozen_vectors()
-    for name in ("Epsilon", "OneMaskPerBlock", "SpanGradientWithoutRamp"):
+    for name in (
+        *("Epsilon", "OneMaskPerBlock", "SpanGradientWithoutRamp"),
+        *("DropsOneStepEarly", "NeverDrops", "StateIsAView", "NoTemperature", "AgesIn8Bits", "ShortenedSpansLearn"),
+    ):
         report = report_of(MUTANTS[name].make(), vectors)
         rejected = {r.check.removeprefix("vectors.") for r in report.results if r.status == "failed"}
         assert rejected == {vector.id for vector in vectors if name in vector.kills}
@@ -104,7 +133,7 @@ def test_they_are_backend_tests_of_onnx(whole):
     """`onnx.reference` passes them as ONNX's own runner would ask, within our bounds."""
     from onnx.reference import ReferenceEvaluator
 
-    for vector in read_folder(whole)[::5]:
+    for vector in [vector for vector in read_folder(whole) if isinstance(vector, Vector)][::5]:
         where = whole / vector.id
         model = onnx.load(where / "model.onnx")
         data = where / "test_data_set_0"
@@ -147,6 +176,34 @@ def test_failures_are_saved_and_fail_again(tmp_path):
     assert "0 of 2 passed, 2 failed" in ran.stdout
     ran = check("--backend", "numpy", "--vectors", path)
     assert ran.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("mutant", "check_id"),
+    [
+        ("memory:DropsOneStepEarly", "memory.saturated"),
+        ("memory:NeverDrops", "memory.bound"),
+        ("streams:StateIsAView", "memory.restore"),
+        ("training:SumOverTokens", "training.task_loss"),
+    ],
+)
+def test_failures_of_models_are_saved_and_fail_again(tmp_path, mutant, check_id):
+    path, name = tmp_path / "failures", f"refspan.conformance.mutants.{mutant}"
+    ran = check("--backend", name, "--check", check_id, "--save-failures", path)
+    assert ran.returncode == 1
+    assert list(lint_folder(path)) == []
+    assert [vector.check for vector in read_folder(path)] == [check_id]
+    ran = check("--backend", name, "--vectors", path)
+    assert "0 of 1 passed, 1 failed" in ran.stdout, ran.stdout
+    ran = check("--backend", "numpy", "--vectors", path)
+    assert ran.returncode == 0, ran.stdout
+
+
+def test_all_mutants_of_models_that_checks_of_one_question_reject_are_rejected():
+    """What frozen programs are there for; what is left needs two programs, or an own question."""
+    killed = {name for vector in programs() for name in vector.kills}
+    left = {m.name for m in MUTANTS.values() if m.area in ("memory", "streams", "models", "training")} - killed
+    assert left == LEFT
 
 
 def test_a_folder_for_failures_that_is_none_is_refused_before_the_run(tmp_path):
@@ -280,6 +337,119 @@ HOSTILE = {
     "scalar": (tensor("input.span", lambda x: np.array(x.flat[0])), "is no [B, N]"),
     "more": (tensor("nonsense", lambda x: np.zeros(1)), "has a tensor 'nonsense'"),
 }
+
+
+@pytest.fixture
+def of_programs(tmp_path):
+    """A folder of one program, to be spoilt; of a stream that starts with memories, is reset and restored."""
+    params = refspan.initial_parameters(CONFIG, seed=0)
+    rng = np.random.default_rng(0)
+    memory = [(rng.standard_normal((2, 3, 4)).astype(np.float32), np.array([[5, 2, 9], [1, 4, 2]]))]
+    tokens = rng.integers(0, 5, (2, 3))
+    program = (
+        Open("a", CONFIG, params, 2, memory),
+        Step("a", tokens),
+        Save("a", "s"),
+        Reset("a", 1),
+        Step("a", tokens),
+        Restore("a", "s"),
+        Size("a"),
+    )
+    vector = program_vector_of(program, check="memory.stream", clauses=("AGE",), purpose="to be spoilt")
+    write_folder(tmp_path / "p", [vector])
+    assert list(lint_folder(tmp_path / "p")) == []
+    assert read_folder(tmp_path / "p")[0].id == vector.id
+    return tmp_path / "p"
+
+
+CONFIG = refspan.ModelConfig(5, 4, 6, 1, 2, 3, 4, 8.0, 2.0)
+
+
+def calls(change):
+    """Other calls."""
+
+    def spoil(folder):
+        path = first(folder) / "program.json"
+        said = json.loads(path.read_text())
+        said = change(said) or said
+        path.write_text(json.dumps(said))
+
+    return spoil
+
+
+def call(i, **changes):
+    """Another call i; None takes something away."""
+
+    def change(said):
+        said[i] = {name: x for name, x in {**said[i], **changes}.items() if x is not None}
+
+    return calls(change)
+
+
+def setting(**changes):
+    return calls(lambda said: said[0]["config"].update(changes))
+
+
+HOSTILE_PROGRAMS = {
+    "no program": (lambda folder: (first(folder) / "program.json").unlink(), "program.json: no such file"),
+    "no JSON": (lambda folder: (first(folder) / "program.json").write_bytes(b"\xff"), "can't decode"),
+    "nested": (lambda folder: (first(folder) / "program.json").write_bytes(b"[" * 10**6), "is no program"),
+    "an object": (lambda folder: (first(folder) / "program.json").write_bytes(b"{}"), "expected a list of 1 to 1000"),
+    "too long": (calls(lambda said: said + [said[-1]] * 1000), "expected a list of 1 to 1000 operations"),
+    "no operation": (calls(lambda said: ["step", *said[1:]]), "operation 0: expected an object whose `operation`"),
+    "unknown": (call(1, operation="exec"), "operation 1: expected an object whose `operation` is one of open_model,"),
+    "no stream": (call(1, stream=None), "operation 1: no 'stream'"),
+    "a long name": (call(1, stream="a" * 1000), "operation 1: `stream` is 'aaa"),
+    "not opened": (call(1, stream="b"), "operation 1: stream 'b' was not opened"),
+    "not kept": (call(5, state="t"), "operation 5: state 't' was not kept of this stream"),
+    "no such row": (call(3, row=2), "operation 3: `row` is 2, expected 0 to 1"),
+    "batch": (call(0, batch=10**12), "operation 0: `batch` or `memory` is no"),
+    "other batch": (call(0, batch=3), "operation 0: memory"),
+    "memory": (call(0, memory="yes"), "operation 0: `batch` or `memory` is no"),
+    "no memory": (call(0, memory=False), "tensor '0.memory.0.age' belongs to no operation"),
+    "parameters of another": (call(0, params=3), "operation 0: `params` is 3, which holds none"),
+    "no parameters": (call(0, params="0"), "operation 0: `params` is no number of an operation"),
+    "many layers": (setting(layers=10**9), "operation 0: its config has 1000000000 layers"),
+    "other size": (setting(hidden_size=10**9), "operation 0: parameter embedding.weight: got shape"),
+    "unknown setting": (setting(speed=3), "operation 0: model config: unknown setting 'speed'"),
+    "no number": (setting(ramp=float("nan")), "operation 0: ramp: got nan"),
+    "no tokens": (tensor("input.1.tokens", lambda x: None), "operation 1: no '1.tokens'"),
+    "tokens": (tensor("input.1.tokens", lambda x: x + 3), "operation 1: tokens are not all from 0 to 4"),
+    "rows": (tensor("input.1.tokens", lambda x: x[:1].copy()), "operation 1: tokens have 1 rows, the stream has 2"),
+    "many tokens": (tensor("input.1.tokens", lambda x: np.zeros((2, 6000), np.int64)), "more than 10000 tokens"),
+    "ages": (tensor("input.0.memory.0.age", lambda x: x * 0), "operation 0: "),
+    "NaN": (tensor("input.0.params.output.bias", lambda x: x * np.float32(np.nan)), "operation 0: parameter output.bi"),
+    "more": (tensor("input.9.tokens", lambda x: np.zeros(1)), "tensor '9.tokens' belongs to no operation"),
+    "no result": (tensor("expected.1.log_probs", lambda x: None), "'1.log_probs' is missing"),
+    "no bound": (tensor("bound.4.log_probs", lambda x: None), "'4.log_probs' is missing"),
+    "other bound": (tensor("bound.4.log_probs", lambda x: np.zeros((7, 7))), "'4.log_probs' is missing, of another"),
+    "other kind": (said(operation="training"), "`operation` is 'training'"),
+    "a link": (link(lambda folder: first(folder) / "program.json"), "is a link; expected a file of the folder"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_PROGRAMS)
+def test_hostile_programs_are_refused_in_one_line(of_programs, name):
+    spoil, message = HOSTILE_PROGRAMS[name]
+    spoil(of_programs)
+    with pytest.raises(SetupError) as caught:
+        read_folder(of_programs)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (tensor("expected.4.log_probs", lambda x: moved(x)), "of 4.log_probs is not what the specification says"),
+        (tensor("expected.6.memory_size", lambda x: x - 1), "of 6.memory_size is not what the specification says"),
+        (tensor("input.0.params.output.bias", lambda x: moved(x)), "its contents have the id stream-"),
+        (call(3, row=0), "its contents have the id stream-"),
+    ],
+)
+def test_the_linter_finds_in_programs(of_programs, spoil, message):
+    spoil(of_programs)
+    assert any(message in fault for fault in lint_folder(of_programs))
 
 
 @pytest.mark.parametrize("name", HOSTILE)

@@ -2,6 +2,7 @@
 
 import platform
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ class NumpyBackend:
     name = "numpy"
     package: Any = refspan
     """What computes: the reference, or a changed copy of it."""
+    limits: Mapping[str, int] = MappingProxyType({})
+    """`scratch_bytes` and `keep_bytes` of an attention step, if other than usual."""
 
     def facts(self) -> dict[str, str]:
         """Versions and device."""
@@ -117,7 +120,8 @@ class NumpyBackend:
 
     def _forward(self, *arrays: Array, ramp: float, position: Array | None) -> Any:
         query, key, value, span, age = (self.to_device(array) for array in arrays)
-        return self.package.span_attention(query, key, value, span, age, ramp=ramp, position=self.to_device(position))
+        position = self.to_device(position)
+        return self.package.span_attention(query, key, value, span, age, ramp=ramp, position=position, **self.limits)
 
 
 class _Stream:
@@ -132,6 +136,13 @@ class _Stream:
         """As in the protocol."""
         with np.errstate(all="ignore"):
             return self._backend.to_numpy(self._stream.step(self._backend.to_device(tokens)))
+
+
+class SmallTiles(NumpyBackend):
+    """The reference in many tiles, none of whose weights are kept: what it does at sizes that checks do not ask for."""
+
+    name = "numpy, small tiles"
+    limits = MappingProxyType({"scratch_bytes": 256, "keep_bytes": 0})
 
 
 class CupyBackend(NumpyBackend):

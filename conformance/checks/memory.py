@@ -58,9 +58,9 @@ def keeps_all(probe: Probe, case: ModelCase) -> None:
 
 @check("memory.long", clauses=["AGE", "DROP"], needs=NEEDS, cost=8 * COST,
        cases=some(spans=("beyond the stream", "spread"), least_tokens=300, most_tokens=0, rows=(2,),
-                  resets=True))  # fmt: skip
+                  resets=True, long_block=150))  # fmt: skip
 def long(probe: Probe, case: ModelCase) -> None:
-    """Streams of 300 tokens, rows reset now and then: ages, and marks of empty places, outlast a few bits."""
+    """Streams of 300 tokens, some in long blocks, rows reset now and then: ages, and marks of empty places, last."""
     follow(probe, case)
 
 

@@ -10,7 +10,7 @@ the suite must accept them. `edited` makes copies of the reference with other so
 from collections.abc import Callable
 from typing import Any
 
-from refspan.conformance.backends.reference import NumpyBackend
+from refspan.conformance.backends.reference import NumpyBackend, SmallTiles
 from refspan.conformance.mutants import (  # noqa: F401 - each puts its own on the list
     behaviour,
     gradients,
@@ -29,6 +29,7 @@ __all__ = ["MUTANTS", "RIGHT", "Mutant"]
 
 RIGHT: dict[str, Callable[[], Any]] = {
     "numpy": NumpyBackend,
+    "SmallTiles": SmallTiles,
     "Dense": Dense,
     "ClipsNegativeSpans": ClipsNegativeSpans,
     "LearnsAtTheKinks": LearnsAtTheKinks,

@@ -5,22 +5,27 @@ from importlib.resources import files
 
 import safetensors.numpy
 
-from refspan.conformance.vectors.reading import fields_of
+from refspan.conformance.vectors.program_json import from_json
+from refspan.conformance.vectors.program_vector import ProgramVector
+from refspan.conformance.vectors.reading import AnyVector, told
 from refspan.conformance.vectors.vector import Vector
 
 
-def frozen_vectors() -> list[Vector]:
-    """All of them, in the order of their ids."""
-    here = files("refspan.conformance.vectors")
-    entries = json.loads(here.joinpath("frozen.json").read_text())
-    tensors = safetensors.numpy.load(here.joinpath("frozen.safetensors").read_bytes())
-    vectors = []
-    for i, entry in enumerate(entries):
-        parts = {
-            kind: {n.split(".")[2]: x for n, x in tensors.items() if n.startswith(f"{i}.{kind}.")}
-            for kind in ("input", "expected", "bound")
-        }
-        vectors.append(
-            Vector(inputs=parts["input"], expected=parts["expected"], bound=parts["bound"], **fields_of(entry))
-        )
+def frozen_vectors() -> list[AnyVector]:
+    """All of them: attention steps, then programs, each in the order of their ids."""
+    vectors: list[AnyVector] = []
+    for name in ("frozen", "frozen_programs"):
+        here = files("refspan.conformance.vectors")
+        entries = json.loads(here.joinpath(f"{name}.json").read_text())
+        tensors = safetensors.numpy.load(here.joinpath(f"{name}.safetensors").read_bytes())
+        for i, entry in enumerate(entries):
+            inputs, expected, bound = (
+                {n.removeprefix(f"{i}.{kind}."): x for n, x in tensors.items() if n.startswith(f"{i}.{kind}.")}
+                for kind in ("input", "expected", "bound")
+            )
+            if "program" in entry:
+                program = from_json(entry["program"], inputs)
+                vectors.append(ProgramVector(program=program, expected=expected, bound=bound, **told(entry)))
+            else:
+                vectors.append(Vector(inputs=inputs, expected=expected, bound=bound, **told(entry)))
     return vectors

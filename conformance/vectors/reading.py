@@ -11,7 +11,10 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from refspan.clauses import CLAUSES
+from refspan.conformance.programs import Learn
 from refspan.conformance.protocol import Array
+from refspan.conformance.vectors.program_json import from_json, shapes_of_answers
+from refspan.conformance.vectors.program_vector import NEEDS, ProgramVector
 from refspan.conformance.vectors.vector import INPUTS, Vector
 from refspan.errors import SetupError
 
@@ -22,11 +25,18 @@ LARGEST = 1 << 26
 """Bytes of a file that is read."""
 MOST = 100_000
 """Cases of a folder."""
-ID = re.compile(r"(soft_mask|span_attention|span_attention_backward)-[0-9a-f]{16}")
-FIELDS = ("operation", "ramp", "queries", "check", "clauses", "purpose", "notes", "kills")
+ID = re.compile(r"(soft_mask|span_attention|span_attention_backward|stream|training)-[0-9a-f]{16}")
+
+AnyVector = Vector | ProgramVector
 
 
-def read_folder(path: Path) -> list[Vector]:
+def fields_of(operation: str) -> tuple[str, ...]:
+    """What a manifest says of a case, beside its id, dtype and files: what a vector consists of beside its tensors."""
+    size = () if operation in NEEDS else ("ramp", "queries")
+    return ("operation", *size, "check", "clauses", "purpose", "notes", "kills")
+
+
+def read_folder(path: Path) -> list[AnyVector]:
     """All vectors of a folder, that somebody else may have made.
 
     Raises:
@@ -63,9 +73,9 @@ def _check_entry(where: Path, entry: Any) -> None:
     def words(name: str) -> bool:
         return isinstance(entry.get(name), list) and all(isinstance(word, str) for word in entry[name])
 
-    files_ = entry.get("files")
+    files_, operation = entry.get("files"), id_.rpartition("-")[0]
     right = {
-        "operation": entry.get("operation") == id_.rpartition("-")[0],
+        "operation": entry.get("operation") == operation,
         "ramp": isinstance(entry.get("ramp"), float) and isfinite(entry["ramp"]) and entry["ramp"] > 0,
         "queries": isinstance(entry.get("queries"), int) and 0 < entry["queries"] < 1 << 20,
         "check": isinstance(entry.get("check"), str),
@@ -76,16 +86,17 @@ def _check_entry(where: Path, entry: Any) -> None:
         "files": isinstance(files_, dict) and all(isinstance(x, str) for x in files_.values()),
     }
     for name, fine in right.items():
-        if not fine:
+        if not fine and (name == "files" or name in fields_of(operation)):
             raise SetupError(f"{where}: {id_}: `{name}` is {str(entry.get(name))[:80]!r}; see manifest.schema.json")
 
 
-def fields_of(entry: dict[str, Any]) -> dict[str, Any]:
-    """What a manifest says of a case, as `Vector` takes it."""
-    return {name: tuple(entry[name]) if isinstance(entry[name], list) else entry[name] for name in FIELDS}
+def told(entry: dict[str, Any]) -> dict[str, Any]:
+    """What a manifest says of a case, as vectors take it."""
+    said = {name: entry[name] for name in fields_of(entry["operation"])}
+    return {name: tuple(x) if isinstance(x, list) else x for name, x in said.items()}
 
 
-def read_vector(path: Path, entry: dict[str, Any]) -> Vector:
+def read_vector(path: Path, entry: dict[str, Any]) -> AnyVector:
     """The case of one entry of the manifest; raises SetupError."""
     where = f"{entry['id']}/case.safetensors"
     try:
@@ -98,9 +109,38 @@ def read_vector(path: Path, entry: dict[str, Any]) -> Vector:
         if kind not in parts:
             raise SetupError(f"{path / where}: has a tensor {name[:80]!r}, expected input.., expected.. or bound..")
         parts[kind][rest] = array
-    vector = Vector(inputs=parts["input"], expected=parts["expected"], bound=parts["bound"], **fields_of(entry))
+    if entry["operation"] in NEEDS:
+        return _read_program(path, entry, parts)
+    vector = Vector(inputs=parts["input"], expected=parts["expected"], bound=parts["bound"], **told(entry))
     _check_shapes(path / where, vector)
     return vector
+
+
+def _read_program(path: Path, entry: dict[str, Any], parts: dict[str, dict[str, Array]]) -> ProgramVector:
+    where = path / entry["id"]
+    try:
+        said = json.loads(content_of(path, f"{entry['id']}/program.json"))
+        program = from_json(said, parts["input"])
+    except RecursionError:
+        raise SetupError(f"{where / 'program.json'}: is no program") from None
+    except (TypeError, ValueError) as error:
+        raise SetupError(f"{where}: {error}") from None
+    if any(isinstance(operation, Learn) != (entry["operation"] == "training") for operation in program):
+        raise SetupError(f"{where}: its operations are not all those of {entry['operation']!r}")
+    shapes = shapes_of_answers(program)
+    for part, fits in ((parts["expected"], tuple.__eq__), (parts["bound"], _broadcasts)):
+        wrong = sorted(set(shapes) ^ set(part))
+        wrong += [n for n in part if n in shapes and not (fits(part[n].shape, shapes[n]) and part[n].dtype == float)]
+        if wrong:
+            raise SetupError(f"{where}: {wrong[0]!r} is missing, of another shape or dtype than the rest, or too much")
+    return ProgramVector(program=program, expected=parts["expected"], bound=parts["bound"], **told(entry))
+
+
+def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    try:
+        return np.broadcast_shapes(shape, to) == to
+    except ValueError:
+        return False
 
 
 def _check_shapes(where: Path, vector: Vector) -> None:

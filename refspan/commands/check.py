@@ -12,7 +12,7 @@ from refspan.files import check_distinct, check_writable, write_whole
 from refspan.interrupt import Interrupts
 
 if TYPE_CHECKING:
-    from refspan.conformance.vectors.vector import Vector
+    from refspan.conformance.vectors.reading import AnyVector
 
 
 @click.command("check")
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 @click.option("--vectors", "vectors_path", type=click.Path(path_type=Path), metavar="DIR",
               help="Ask what the vectors in DIR ask (see `refspan vectors`), instead of checks.")  # fmt: skip
 @click.option("--save-failures", "failures_path", type=click.Path(path_type=Path), metavar="DIR",
-              help="Add the smallest counterexamples of attention steps to the vectors in DIR.")  # fmt: skip
+              help="Add the smallest counterexamples to the vectors in DIR.")  # fmt: skip
 @click.option("--list", "only_list", is_flag=True, help="List the checks and what they check, and run none.")
 @click.pass_context
 def command(
@@ -135,7 +135,7 @@ def command(
         which = ["--check", id_] if vectors_path is None else ["--vectors", str(vectors_path)]
         return shlex.join([*replay, *which])
 
-    saved: list[Vector] = []
+    saved: list[AnyVector] = []
     interrupted = False
     asked_to_stop = Interrupts()
     try:

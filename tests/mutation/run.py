@@ -42,6 +42,8 @@ OPERATORS = [
     "ReplaceAndWithOr", "ReplaceOrWithAnd", "ReplaceTrueWithFalse", "ReplaceFalseWithTrue", "NumberReplacer",
     "ReplaceContinueWithBreak", "ZeroIterationForLoop",
 ]  # fmt: skip
+TILED, STEPS = ("mask", "visibility", "row", "tile", "tiles", "position", "attention"), ("attention", "gradient")
+"""Modules whose mutants are tried once more with small tiles, and the levels that this is for."""
 PATIENCE = 240.0
 """Seconds for one mutant."""
 
@@ -155,6 +157,7 @@ def apart(function, patience):
 
 def work(tasks, results):
     """In a process: try mutants until there are no more."""
+    from refspan.conformance.backends.reference import SmallTiles
     from refspan.conformance.memo import remembering
     from refspan.conformance.mutants import RIGHT
     from refspan.conformance.mutants.edited import Edited
@@ -175,7 +178,11 @@ def work(tasks, results):
                     backend = Edited(f"refspan.{module}", source)
                 except Exception as error:  # noqa: BLE001
                     return "import", str(error)[:200]
-                return killer_of(backend, asked)
+                killer = killer_of(backend, asked)
+                if killer is None and module in TILED:
+                    backend.limits = SmallTiles.limits
+                    killer = killer_of(backend, [(check, cases) for check, cases in asked if check.level in STEPS])
+                return killer
 
             results.put((module, number, before, after, apart(attempt, PATIENCE), time.perf_counter() - start))
     results.put(None)

@@ -2,10 +2,10 @@
 
     python tests/vectors/freeze.py
 
-For each check of one attention step its default cases are drawn, in float32 and some in the other dtypes. From these
-come the smallest few that together reject all mutants that any of them rejects: greedily, those first that reject most
-for their size. Ids come from what is asked, so cases that are chosen again keep theirs; whoever runs this anew reads
-the difference.
+For each check that asks one question at a time its default cases are drawn, in float32 and some in the other dtypes.
+From these come the smallest few that together reject all mutants that any of them rejects: greedily, those first that
+reject most for their size. Ids come from what is asked, so cases that are chosen again keep theirs; whoever runs this
+anew reads the difference.
 """
 
 import json
@@ -22,45 +22,56 @@ from refspan.conformance.mutants import MUTANTS, RIGHT
 from refspan.conformance.registry import Probe
 from refspan.conformance.runner import drawn, select
 from refspan.conformance.sessions import InProcess
-from refspan.conformance.vectors.reading import FIELDS
+from refspan.conformance.vectors.program_json import to_json
+from refspan.conformance.vectors.program_vector import LEVELS, ProgramVector, program_vector_of
+from refspan.conformance.vectors.reading import fields_of
 from refspan.conformance.vectors.replay import checks_of
 from refspan.conformance.vectors.vector import OF_LEVEL, vector_of
 
 HERE = Path(__file__).resolve().parents[2] / "conformance" / "vectors"
-LARGEST = 600
-"""Numbers that a case may ask with."""
+LARGEST = {"frozen": 600, "frozen_programs": 2500}
+"""Size of a case, see `size_of`."""
 DTYPES = {"float32": 100, "float16": 20, "float64": 20}
-AREAS = ("mask", "weights", "gradients")
+AREAS = {"frozen": ("mask", "weights", "gradients"), "frozen_programs": ("memory", "streams", "models", "training")}
+LARGE = {"memory.long": 20_000, "memory.state_machine": 6000}
+"""Of these checks: their cases are as large as they have to be."""
 
 
-def candidates():
+def candidates(name):
     """What checks ask alone, with what they compare the answer with."""
-    probe = Probe(InProcess(RIGHT["numpy"](), timeout=20))
+    probe = Probe(InProcess(RIGHT["numpy"](), timeout=60))
+    levels = LEVELS if name == "frozen_programs" else tuple(level for level in OF_LEVEL if level != "golden")
     for dtype, examples in DTYPES.items():
-        for check in select(levels=tuple(OF_LEVEL)):
-            if check.level == "golden":
+        for check in select(levels=levels):
+            if check.id in LARGE and dtype != "float32":
                 continue
+            about = {"check": check.id, "clauses": check.clauses, "purpose": check.purpose.partition("\n")[0]}
             for case in drawn(check, np.dtype(dtype), 0, examples):
                 check.body(probe, case)
                 if len(probe.asked) != 1:
                     continue
-                vector = vector_of(
-                    probe.asked[0],
-                    OF_LEVEL[check.level],
-                    check=check.id,
-                    clauses=check.clauses,
-                    purpose=check.purpose.partition("\n")[0],
-                    compared=dict(probe.compared),
-                )
-                if sum(x.size for x in vector.inputs.values()) <= LARGEST:
+                question = probe.asked[0]
+                if name == "frozen":
+                    vector = vector_of(question, OF_LEVEL[check.level], compared=dict(probe.compared), **about)
+                else:
+                    vector = program_vector_of(question, notes=case.notes, **about)
+                if vector is not None and size_of(vector) <= LARGE.get(check.id, LARGEST[name]):
                     yield vector
 
 
-def killed_by(vectors):
+def size_of(vector):
+    """Numbers that it asks with; of a program, and those of the answers, of which there may be more."""
+    if isinstance(vector, ProgramVector):
+        parts = (to_json(vector.program)[1], vector.expected, vector.bound)
+        return sum(x.size for part in parts for x in part.values())
+    return sum(x.size for x in vector.inputs.values())
+
+
+def killed_by(vectors, areas):
     """For each vector the mutants that it rejects."""
     killed = [set() for _ in vectors]
     for name, mutant in MUTANTS.items():
-        if mutant.area not in AREAS:
+        if mutant.area not in areas:
             continue
         session = InProcess(mutant.make(), timeout=20)
         for kills, check in zip(killed, checks_of(vectors), strict=True):
@@ -74,38 +85,56 @@ def killed_by(vectors):
     return killed
 
 
-def main():
-    warnings.simplefilter("ignore")
-    with remembering(), np.errstate(all="ignore"):
-        vectors = list({vector.id: vector for vector in candidates()}.values())
-        killed = killed_by(vectors)
-    chosen, left = (
-        [],
-        {(name, vector.operation) for kills, vector in zip(killed, vectors, strict=True) for name in kills},
-    )
-    checks = {(vector.check, vector.dtype) for vector in vectors}
-    size = [sum(x.size for x in vector.inputs.values()) for vector in vectors]
+def wish_of(vector):
+    """Of what there is to be one at least: a check and dtype; of programs, which are large, a check or a dtype."""
+    whole_model = isinstance(vector, ProgramVector) and vector.dtype != "float32"
+    return (vector.operation if whole_model else vector.check), vector.dtype
+
+
+def chosen_of(vectors, killed):
+    """Places of the smallest few that reject all that can be rejected, in the order of their ids."""
+    chosen = []
+    left = {(name, vector.operation) for kills, vector in zip(killed, vectors, strict=True) for name in kills}
+    checks = {wish_of(vector) for vector in vectors}
+    size = [size_of(vector) for vector in vectors]
 
     def worth(i):
         new = {(name, vectors[i].operation) for name in killed[i]} & left
-        return (len(new) + ((vectors[i].check, vectors[i].dtype) in checks)) / (50 + size[i])
+        return (len(new) + (wish_of(vectors[i]) in checks)) / (50 + size[i])
 
     while left or checks:
         best = max(range(len(vectors)), key=worth)
         chosen.append(best)
         left -= {(name, vectors[best].operation) for name in killed[best]}
-        checks.discard((vectors[best].check, vectors[best].dtype))
-    chosen.sort(key=lambda i: vectors[i].id)
+        checks.discard(wish_of(vectors[best]))
+    return sorted(chosen, key=lambda i: vectors[i].id)
+
+
+def freeze(name):
+    """Write the files of this name."""
+    with remembering(), np.errstate(all="ignore"):
+        vectors = list({vector.id: vector for vector in candidates(name)}.values())
+        killed = killed_by(vectors, AREAS[name])
     entries, tensors = [], {}
+    chosen = chosen_of(vectors, killed)
     for place, i in enumerate(chosen):
         vector = vectors[i]
-        entries.append({name: getattr(vector, name) for name in FIELDS} | {"kills": sorted(killed[i])})
-        for kind in ("input", "expected", "bound"):
-            part = getattr(vector, {"input": "inputs"}.get(kind, kind))
-            tensors |= {f"{place}.{kind}.{name}": np.ascontiguousarray(x) for name, x in part.items()}
-    (HERE / "frozen.json").write_text(json.dumps(entries, indent=1) + "\n")
-    (HERE / "frozen.safetensors").write_bytes(safetensors.numpy.save(tensors))
-    print(f"{len(chosen)} of {len(vectors)} cases, {(HERE / 'frozen.safetensors').stat().st_size} bytes")
+        entry = {field: getattr(vector, field) for field in fields_of(vector.operation)} | {"kills": sorted(killed[i])}
+        inputs = vector.inputs if name == "frozen" else None
+        if inputs is None:
+            entry["program"], inputs = to_json(vector.program)
+        entries.append(entry)
+        for kind, part in (("input", inputs), ("expected", vector.expected), ("bound", vector.bound)):
+            tensors |= {f"{place}.{kind}.{n}": np.array(x, order="C") for n, x in part.items()}
+    (HERE / f"{name}.json").write_text(json.dumps(entries, indent=1) + "\n")
+    (HERE / f"{name}.safetensors").write_bytes(safetensors.numpy.save(tensors))
+    print(f"{name}: {len(chosen)} of {len(vectors)} cases, {(HERE / f'{name}.safetensors').stat().st_size} bytes")
+
+
+def main():
+    warnings.simplefilter("ignore")
+    for name in sys.argv[1:] or AREAS:
+        freeze(name)
 
 
 if __name__ == "__main__":
