@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -37,10 +38,11 @@ class Memories:
         """Arguments of `Backend.soft_mask`."""
         return {"span": self.span, "age": self.age, "queries": self.queries, "ramp": self.ramp}
 
-    def describe(self) -> list[str]:
-        """The case in words and numbers, a line each."""
+    def describe(self, row: int = 0) -> list[str]:
+        """The case in words and numbers, a line each; this row of the batch first."""
         lines = [f"M={self.queries} queries, ramp {self.ramp:g}" + "".join(f"; {note}" for note in self.notes)]
-        for b, i in list(np.ndindex(self.span.shape))[:MOST_LINES]:
+        places = sorted(islice(np.ndindex(self.span.shape), 10_000), key=lambda place: (place[0] != row, place))
+        for b, i in places[:MOST_LINES]:
             span, first = float(self.span[b, i]), int(self.age[b, i])
             left = span - max(first, 1)
             lines.append(f"row {b}, memory {i}: span {span!r}, age {first}, {left:g} steps left when first seen")
@@ -109,12 +111,12 @@ class AttentionCase:
             grad_out=self.grad_out[rows, :, queries],
         )
 
-    def describe(self) -> list[str]:
-        """The case in words and numbers, a line each."""
+    def describe(self, row: int = 0) -> list[str]:
+        """The case in words and numbers, a line each; this row of the batch first."""
         batch, heads, queries, memories, head_size = self.sizes
         positions = "no position" if self.position is None else f"P={len(self.position)}"
         lines = [f"B={batch} H={heads} M={queries} N={memories} D={head_size} {positions}, {self.query.dtype}"]
-        lines += self.memories.describe()
+        lines += self.memories.describe(row)
         named: Mapping[str, Array | None] = {
             "query": self.query,
             "key": self.key,

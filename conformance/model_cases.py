@@ -16,6 +16,9 @@ from refspan.conformance.tolerance import Expected
 SIZES = ((7, 6, 10, 1, 1, 4, 3), (11, 12, 20, 2, 2, 5, 4), (5, 8, 9, 2, 3, 3, 2), (13, 10, 16, 3, 2, 4, 5))
 """Vocabulary, hidden, feed-forward, layers, heads, head size, block; H * D is not d."""
 
+LARGE = ((50, 48, 96, 2, 3, 20, 64),)
+"""As SIZES, wide enough for kernels to take more than one of their tiles."""
+
 SPANS = ("spread", "as at the start", "all near L", "all near 0", "beyond the stream", "saturated")
 """What the span predictors say, see `_spans`."""
 
@@ -51,12 +54,13 @@ def models(
     spans: Sequence[str] = SPANS,
     norms: Sequence[str] = ("post", "pre"),
     loudness: float = 1.0,
+    shapes: Sequence[tuple[int, ...]] = SIZES,
 ) -> tuple[ModelConfig, dict[str, Array], str]:
     """A small model with parameters of every kind at work, and what it is like in words.
 
-    `loudness`: what the last weights, and so the logits of tokens, are multiplied with.
+    `loudness`: what the last weights, and so the logits of tokens, are multiplied with. `shapes`: as `SIZES`.
     """
-    vocabulary, hidden, inner, layers, heads, head_size, block = draw(st.sampled_from(SIZES))
+    vocabulary, hidden, inner, layers, heads, head_size, block = draw(st.sampled_from(shapes))
     kind = draw(st.sampled_from(spans))
     longest = 1000.0 if kind == "beyond the stream" else draw(st.sampled_from((8.0, 3.0, 20.0)))
     config = ModelConfig(

@@ -13,8 +13,10 @@ import hypothesis
 import numpy as np
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.errors import Flaky, HypothesisWarning
+from hypothesis.strategies import SearchStrategy
 
 import refspan
+from refspan.conformance.cases import AttentionCase, Memories
 from refspan.conformance.guard import Misbehaviour, NotOffered
 from refspan.conformance.pictures import pictures_of
 from refspan.conformance.protocol import EXAMPLES
@@ -167,7 +169,9 @@ def _run_one(
         if vector is not None:
             keep(vector)
         pictures = tuple(pictures_of(case, error.row))
-        return result(status, Failure(f"{error}{note}", tuple(case.describe()), replay, pictures))
+        of_step = isinstance(case, AttentionCase | Memories)
+        described = case.describe(error.row) if of_step else case.describe()
+        return result(status, Failure(f"{error}{note}", tuple(described), replay, pictures))
     return result(status)
 
 
@@ -190,14 +194,42 @@ def drawn(check: Check, dtype: np.dtype, seed: int, examples: int) -> list[Any]:
     return cases
 
 
+AT_ONCE = 10
+"""Examples of one run of Hypothesis. After as many it goes on with small changes of each, which differ too little."""
+
+
 def _ask_all(check: Check, dtype: np.dtype, seed: int, examples: int, ask: Callable[[Any], None]) -> None:
     cases = check.cases(dtype)
     if isinstance(cases, Sequence):
         for case in cases:
             ask(case)
         return
+    left, turn = max(1, examples // check.cost), 0
+    while left > 0:
+        # Each run begins with the plainest case there is; once is enough.
+        count = min(AT_ONCE, left + (turn > 0))
+        own_seed = zlib.crc32(f"{seed} {check.id} {dtype} {turn}".encode())
+        _ask_some(cases, own_seed, count, _but_the_first(ask) if turn else ask)
+        left -= count - (turn > 0)
+        turn += 1
+
+
+def _but_the_first(ask: Callable[[Any], None]) -> Callable[[Any], None]:
+    """`ask`, which is not called the first time."""
+    called = False
+
+    def later(case: Any) -> None:
+        nonlocal called
+        if called:
+            ask(case)
+        called = True
+
+    return later
+
+
+def _ask_some(cases: SearchStrategy[Any], seed: int, examples: int, ask: Callable[[Any], None]) -> None:
     decorate = settings(
-        max_examples=max(1, examples // check.cost),
+        max_examples=examples,
         database=None,
         deadline=None,
         derandomize=False,
@@ -206,7 +238,10 @@ def _ask_all(check: Check, dtype: np.dtype, seed: int, examples: int, ask: Calla
         suppress_health_check=list(HealthCheck),
         print_blob=False,
     )
-    own_seed = zlib.crc32(f"{seed} {check.id} {dtype}".encode())
+
+    def asked(case: Any) -> None:
+        ask(case)
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", HypothesisWarning)  # about the size of cases, which we describe ourselves
-        hypothesis.seed(own_seed)(decorate(given(cases)(ask)))()
+        hypothesis.seed(seed)(decorate(given(cases)(asked)))()

@@ -68,7 +68,7 @@ class MaskInterval:
 
 
 def mask_interval(memories: Memories) -> MaskInterval:
-    """Bounds of m = clip(1 + (span - distance) / R, 0, 1), whatever the order of its three sums."""
+    """Bounds of m = clip(1 + (span - distance) / R, 0, 1), whatever the order of its sums and its division."""
     u = Arithmetic.of(memories.span.dtype).u
     ramp, distance = memories.ramp, memories.distance
     span = memories.span.astype(np.float64)[:, None, :]  # [B, 1, N]
@@ -81,7 +81,7 @@ def mask_interval(memories: Memories) -> MaskInterval:
     on_grid = (np.mod(span, grid) == 0) & (np.mod(ramp, grid) == 0) & (grid <= 1)
     binary = frexp(ramp)[0] == 0.5
 
-    remaining_error = np.where(on_grid, 0, 3 * u * largest)
+    remaining_error = np.where(on_grid & binary, 0, 3 * u * largest)  # (1 + (span - age) / R) - m / R, for example
     slope = remaining / ramp
     error = remaining_error / ramp + (0 if binary else 3 * u * np.abs(slope))
     error = error + np.where(on_grid & binary, 0, u * np.minimum(np.abs(1 + slope), 1))
@@ -133,8 +133,8 @@ class AttentionBounds:
         self.near = None
         if case.position is not None:
             self.near = _by_distance(case)  # [B, M, N, P]
-            logits = logits + np.einsum("bhmd,bmnp,pd->bhmn", q, self.near, case.position) * scale
-            size = size + np.einsum("bhmd,bmnp,pd->bhmn", np.abs(q), self.near, np.abs(case.position)) * scale
+            logits = logits + _along(self.near, q @ case.position.T) * scale
+            size = size + _along(self.near, np.abs(q) @ np.abs(case.position).T) * scale
 
         alive = m > 0
         log_mask = np.where(alive, np.log(np.where(alive, m, 1)), 0)
@@ -209,7 +209,7 @@ class AttentionBounds:
 
         keys = np.abs(k)[:, :, None]  # what each ds_ti is multiplied with for dq   [B, H, 1 | M, N, D]
         if self.near is not None and case.position is not None:
-            keys = keys + np.einsum("bmnp,pd->bmnd", self.near, np.abs(case.position))[:, None]
+            keys = keys + (self.near @ np.abs(case.position))[:, None]
         per_query = grad_s_error + u * (2 * memories + 8) * grad_s
         per_key = grad_s_error + u * (2 * queries + 8) * grad_s
         bounds = {
@@ -219,7 +219,8 @@ class AttentionBounds:
         }
         if self.near is not None:
             per_position = grad_s_error + u * (2 * batch * heads * queries + 8) * grad_s
-            bounds["position"] = np.einsum("bhmn,bmnp,bhmd->pd", per_position, self.near, np.abs(q)) * scale
+            by_position = np.moveaxis(per_position, 1, 2) @ self.near  # [B, M, H, P]
+            bounds["position"] = np.einsum("bmhp,bhmd->pd", by_position, np.abs(q), optimize=True) * scale
         freedom, bounds["span"] = self._span_freedom_and_bound(grad_a - c, gap_error)
         expected = {}
         for name, bound in bounds.items():
@@ -272,6 +273,11 @@ def _float64(case: AttentionCase) -> AttentionCase:
         position=None if case.position is None else case.position.astype(np.float64),
         grad_out=case.grad_out.astype(np.float64),
     )
+
+
+def _along(near: Array, by_position: Array) -> Array:
+    """What each memory gets of [B, H, M, P]: the number at its distance, 0 beyond P.   [B, H, M, N]."""
+    return np.moveaxis(np.moveaxis(by_position, 1, 2) @ np.swapaxes(near, -1, -2), 2, 1)
 
 
 def _by_distance(case: AttentionCase) -> Array:

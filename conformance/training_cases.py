@@ -11,7 +11,7 @@ because da - c is then g . v - g . v. Such terms are about as large as the large
 times that is allowed everywhere.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,13 +21,15 @@ from hypothesis import strategies as st
 import refspan
 from refspan.conformance.memo import remembered
 from refspan.conformance.model_bounds import SAFETY, SAMPLES
-from refspan.conformance.model_cases import SPANS, models
+from refspan.conformance.model_cases import SIZES, SPANS, models
 from refspan.conformance.programs import Learn
 from refspan.conformance.protocol import Array
 from refspan.conformance.tolerance import Arithmetic, Expected
 from refspan.model import losses
 
 TERMS = 4.0
+LARGE = ((17, 24, 40, 2, 3, 12, 24),)
+"""As `SIZES`, wider and with longer blocks."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -53,17 +55,20 @@ def blocks(
     weights: tuple[float, ...] = (0.0, 0.01, 1.0),
     limited: tuple[bool, ...] = (False, True),
     least: int = 1,
+    most: int = 4,
+    rows: tuple[int, ...] = (2, 1, 3),
     spans: tuple[str, ...] = SPANS,
+    shapes: Sequence[tuple[int, ...]] = SIZES,
 ) -> TrainingCase:
-    """Up to four blocks of one model, of any length, some of them with shortened spans."""
-    config, params, words = draw(models(dtype, spans=spans))
+    """Up to four blocks, or `most`, of one model, of any length, some of them with shortened spans."""
+    config, params, words = draw(models(dtype, spans=spans, shapes=shapes))
     # Spans that are all but 0 or L must not meet a kink at a whole distance: there float32 has no way to be right.
     config = replace(config, max_span=config.max_span - 0.3, ramp=config.ramp + 0.15)
-    batch = draw(st.sampled_from((2, 1, 3)))
+    batch = draw(st.sampled_from(rows))
     weight = draw(st.sampled_from(weights))
     rng = np.random.default_rng(draw(st.integers(0, 2**16)))
     program = []
-    for _ in range(draw(st.integers(least, 4))):
+    for _ in range(draw(st.integers(least, most))):
         length = draw(st.sampled_from((config.block_size, 1, config.block_size + 2)))
         tokens, targets = rng.integers(0, config.vocab_size, (2, batch, length))
         shortest = draw(st.sampled_from((0.0, 0.2)))  # a limit of 0 is one

@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 
 from refspan.conformance.cases import AttentionCase
 from refspan.conformance.registry import Probe, check
-from refspan.conformance.strategies import RAMPS, SIZES, TILE_SIZES, attention_cases, with_large_logits
+from refspan.conformance.strategies import (
+    LARGE_SIZES,
+    RAMPS,
+    SIZES,
+    TILE_SIZES,
+    attention_cases,
+    with_large_logits,
+)
 from refspan.conformance.tolerance import Expected, attention_bounds
 
 Cases = Callable[[np.dtype], st.SearchStrategy[AttentionCase]]
@@ -264,6 +271,19 @@ def wide(probe: Probe, case: AttentionCase) -> None:
 )
 def tiles(probe: Probe, case: AttentionCase) -> None:
     """Sizes just beyond those of a kernel's tiles: several of them, and a last one that is not full."""
+    (got,) = probe.attention(case)
+    probe.compare("output", got, attention_bounds(case).expected_output())
+
+
+@check(
+    "attention.large",
+    clauses=["OUTPUT", "LOGIT"],
+    needs=NEEDS,
+    cases=some(sizes=LARGE_SIZES, contents=("normal",)),
+    cost=10,
+)
+def large(probe: Probe, case: AttentionCase) -> None:
+    """Sizes that models have: hundreds of queries and memories, heads of 64 and 128 numbers, six rows."""
     (got,) = probe.attention(case)
     probe.compare("output", got, attention_bounds(case).expected_output())
 

@@ -1,6 +1,6 @@
 """Level mask: `soft_mask` alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -11,13 +11,18 @@ from refspan.conformance.registry import Probe, check
 from refspan.conformance.strategies import FATES, RAMPS, SIZES, memories
 from refspan.conformance.tolerance import expected_mask, mask_interval
 
+LARGE = ((2, 33, 129), (1, 128, 512), (6, 65, 65), (1, 300, 1025), (5, 20, 257))
+"""B, M, N beyond those of a kernel's tiles, and as models have them."""
 
-def some(**about: object) -> Callable[[np.dtype], st.SearchStrategy[Memories]]:
-    """Memories of all sizes that there are, drawn as `about` says."""
+
+def some(
+    sizes: Sequence[tuple[int, int, int]] = (), **about: object
+) -> Callable[[np.dtype], st.SearchStrategy[Memories]]:
+    """Memories of these sizes (B, M, N), or of all the small ones that there are, drawn as `about` says."""
 
     def strategy(dtype: np.dtype) -> st.SearchStrategy[Memories]:
-        sizes = sorted({(batch, queries, slots) for batch, _, queries, slots, _ in SIZES})
-        return st.sampled_from(sizes).flatmap(
+        small = sorted({(batch, queries, slots) for batch, _, queries, slots, _ in SIZES})
+        return st.sampled_from(sizes or small).flatmap(
             lambda s: memories(dtype, batch=s[0], queries=s[1], slots=s[2], **about)  # type: ignore[arg-type]
         )
 
@@ -80,6 +85,13 @@ def per_query(probe: Probe, asked: Memories) -> None:
 )
 def wide(probe: Probe, asked: Memories) -> None:
     """Spans and ages up to 131072 keep single steps apart (half precision has steps of 16 at 16384)."""
+    (mask,) = probe.soft_mask(asked)
+    probe.compare("mask", mask, expected_mask(asked))
+
+
+@check("mask.large", clauses=["MASK", "PAST"], needs=["soft_mask"], cases=some(sizes=LARGE), cost=4)
+def large(probe: Probe, asked: Memories) -> None:
+    """Hundreds of queries and memories: several of a kernel's tiles, and a last one that is not full."""
     (mask,) = probe.soft_mask(asked)
     probe.compare("mask", mask, expected_mask(asked))
 

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from refspan.conformance.guard import Misbehaviour
-from refspan.conformance.model_cases import Answers, ModelCase, cases
+from refspan.conformance.model_cases import LARGE, Answers, ModelCase, cases
 from refspan.conformance.programs import Open, Operation, Program, Projected, Size, Step
 from refspan.conformance.registry import Probe, check
 
@@ -56,11 +56,18 @@ def keeps_all(probe: Probe, case: ModelCase) -> None:
     follow(probe, case)
 
 
-@check("memory.long", clauses=["AGE", "DROP"], needs=NEEDS, cost=8 * COST,
-       cases=some(spans=("beyond the stream", "spread"), least_tokens=300, most_tokens=0, rows=(2,),
-                  resets=True, long_block=150))  # fmt: skip
+@check("memory.long", clauses=["AGE", "DROP"], needs=NEEDS, cost=10 * COST,
+       cases=some(spans=("beyond the stream",), least_tokens=530, most_tokens=0, rows=(2,), resets=True,
+                  long_block=150))  # fmt: skip
 def long(probe: Probe, case: ModelCase) -> None:
-    """Streams of 300 tokens, some in long blocks, rows reset now and then: ages, and marks of empty places, last."""
+    """530 tokens that nobody forgets, some in long blocks, rows reset now and then: more than rings and bytes hold."""
+    follow(probe, case)
+
+
+@check("memory.large", clauses=["AGE", "DROP"], needs=NEEDS, cost=6 * COST,
+       cases=some(shapes=LARGE, rows=(5, 4), least_tokens=65, most_tokens=64, memory=False))  # fmt: skip
+def large(probe: Probe, case: ModelCase) -> None:
+    """Blocks of 64 and 129 tokens, five rows, a wider model: sizes that small cases may be beneath."""
     follow(probe, case)
 
 

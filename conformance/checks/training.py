@@ -11,7 +11,14 @@ from refspan.conformance.model_cases import SPANS, ModelCase, models
 from refspan.conformance.programs import Initialise
 from refspan.conformance.registry import Probe, check
 from refspan.conformance.tolerance import Expected
-from refspan.conformance.training_cases import TrainingCase, blocks, expected_losses, expected_training, with_weight
+from refspan.conformance.training_cases import (
+    LARGE,
+    TrainingCase,
+    blocks,
+    expected_losses,
+    expected_training,
+    with_weight,
+)
 
 NEEDS = ["loss_and_gradients"]
 COST = 5
@@ -75,6 +82,18 @@ def gradients(probe: Probe, case: TrainingCase) -> None:
     """Gradients of all parameters, memories of earlier blocks being constants."""
     (answers,) = probe.programs(case.program)
     for i, (answer, taught) in enumerate(zip(answers, expected_training(case), strict=True)):
+        for name, expected in taught.gradients.items():
+            probe.compare(f"gradient of {name} in block {i}", answer[2][name], expected)
+
+
+@check("training.large", clauses=["GRAD", "LOSS", "MODEL"], needs=NEEDS, cost=5 * COST,
+       cases=lambda dtype: blocks(dtype, shapes=LARGE, rows=(4,), least=5, most=6))  # fmt: skip
+def large(probe: Probe, case: TrainingCase) -> None:
+    """Five blocks and more, of 24 tokens, in four rows of a wider model: losses and all gradients."""
+    (answers,) = probe.programs(case.program)
+    for i, (answer, taught) in enumerate(zip(answers, expected_training(case), strict=True)):
+        probe.compare(f"task loss of block {i}", np.asarray(answer[0]), taught.task)
+        probe.compare(f"span loss of block {i}", np.asarray(answer[1]), taught.span)
         for name, expected in taught.gradients.items():
             probe.compare(f"gradient of {name} in block {i}", answer[2][name], expected)
 
