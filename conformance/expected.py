@@ -1,37 +1,47 @@
 """Failures that are expected: a file of `check: reason, link` entries, one a line."""
 
+import re
+from collections.abc import Collection
 from pathlib import Path
 
 from refspan.conformance.report import Known
 from refspan.conformance.runner import select
 from refspan.errors import SetupError
 
+ENTRY = re.compile(r"(?P<check>[^:]+):\s*(?P<reason>\S.*?)\s*,\s*(?P<link>[A-Za-z][\w+.-]*://\S+)")
+"""A reason may have commas and links in it, and a link commas."""
 
-def read_expected(path: Path) -> dict[str, Known]:
+
+def read_expected(path: Path, checks: Collection[str] | None = None) -> dict[str, Known]:
     """Check -> why it is expected to fail. Blank lines, and lines that begin with #, say nothing.
+
+    Args:
+        path: the file.
+        checks: ids of the checks that there are; those of `select` by default.
 
     Raises:
         SetupError: the file cannot be read; a line is not `check: reason, link`, names no check, or one named before.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise SetupError(f"{path}: cannot be read: {reason}") from None
-    checks = {check.id for check in select()}
+    hint = "with --vectors, expected vectors.ID of a case there"
+    if checks is None:
+        checks, hint = {check.id for check in select()}, "`refspan check --list` lists them"
     known: dict[str, Known] = {}
     for number, line in enumerate(text.splitlines(), start=1):
         entry = line.strip()
         if not entry or entry.startswith("#"):
             continue
-        id_, _, rest = entry.partition(":")
-        reason, _, link = rest.rpartition(",")
-        id_, reason, link = id_.strip(), reason.strip(), link.strip()
-        if not reason or "://" not in link:
+        found = ENTRY.fullmatch(entry)
+        if found is None:
             raise SetupError(f"{path}:{number}: got {entry[:200]!r}, expected `check: reason, https://..`")
+        id_ = found["check"].strip()
         if id_ not in checks:
-            raise SetupError(f"{path}:{number}: unknown check {id_!r}; `refspan check --list` lists them")
+            raise SetupError(f"{path}:{number}: unknown check {id_[:200]!r}; {hint}")
         if id_ in known:
             raise SetupError(f"{path}:{number}: {id_} is there twice")
-        known[id_] = Known(reason, link)
+        known[id_] = Known(found["reason"], found["link"])
     return known

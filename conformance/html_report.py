@@ -1,10 +1,10 @@
 """A report as one page that needs nothing else: no scripts, no fonts, no network."""
 
 from collections.abc import Iterator
-from html import escape
+from html import escape as html_escape
 
 from refspan.clauses import CLAUSES
-from refspan.conformance.report import Picture, Report, Result
+from refspan.conformance.report import INCOMPLETE, Picture, Report, Result, escaped
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1c1e; --paper: #fff; --soft: #f1f2f4; --line: #d0d3d8; --dim: #5a5f66;
@@ -39,6 +39,11 @@ def html_report(report: Report) -> bytes:
     return "\n".join(_page(report)).encode()
 
 
+def escape(text: str) -> str:
+    """As text or attribute of the page; lines stay lines."""
+    return html_escape(escaped(text, keep="\n"))
+
+
 def _page(report: Report) -> Iterator[str]:
     backend = escape(report.facts.get("backend", "a backend"))
     yield "<!doctype html>"
@@ -67,7 +72,7 @@ def _page(report: Report) -> Iterator[str]:
 
 def _verdict(report: Report) -> tuple[str, str]:
     if not report.complete:
-        return "INCOMPLETE: the run ended before its last check", "not-offered"
+        return INCOMPLETE, "not-offered"
     if report.conforms:
         return "Conforms", "passed"
     if report.as_expected:
@@ -91,7 +96,7 @@ def _failure(result: Result) -> Iterator[str]:
 
 def _link(address: str) -> str:
     """An address that can be followed safely, else one that leads nowhere."""
-    return escape(address, quote=True) if address.startswith(("https://", "http://")) else "#"
+    return escape(address) if address.startswith(("https://", "http://")) else "#"
 
 
 def _picture(picture: Picture) -> str:

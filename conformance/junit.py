@@ -2,20 +2,20 @@
 
 import xml.etree.ElementTree as ET
 
-from refspan.conformance.report import Report, Result
+from refspan.conformance.report import INCOMPLETE, Report, Result, escaped
 
 
 def junit(report: Report) -> bytes:
     """One test case per check. Known failures and what is not offered are skipped; a run that ended early is an error.
 
-    Only characters that XML allows are in it, whatever the backend said.
+    Escapes stand for characters that XML does not allow, whatever the backend said.
     """
     failed = report.count("failed") + len(report.complaints)
     skipped = report.count("known failure") + report.count("not offered")
     count = len(report.results) + len(report.complaints) + (not report.complete)
     suite = ET.Element(
         "testsuite",
-        name=_text(f"refspan check {report.facts.get('backend', '')}"),
+        name=escaped(f"refspan check {report.facts.get('backend', '')}"),
         tests=str(count),
         failures=str(failed),
         errors=str(int(not report.complete)),
@@ -24,15 +24,15 @@ def junit(report: Report) -> bytes:
     )
     properties = ET.SubElement(suite, "properties")
     for name, value in report.facts.items():
-        ET.SubElement(properties, "property", name=_text(name), value=_text(value))
+        ET.SubElement(properties, "property", name=escaped(name), value=escaped(value))
     for result in report.results:
         _case(suite, result)
     for complaint in report.complaints:
         case = ET.SubElement(suite, "testcase", classname="refspan", name="expected failures")
-        ET.SubElement(case, "failure", message=_text(complaint))
+        ET.SubElement(case, "failure", message=escaped(complaint))
     if not report.complete:
         case = ET.SubElement(suite, "testcase", classname="refspan", name="the whole run")
-        ET.SubElement(case, "error", message="INCOMPLETE: the run ended before its last check")
+        ET.SubElement(case, "error", message=INCOMPLETE)
     tree = ET.ElementTree(ET.Element("testsuites"))
     root = tree.getroot()
     assert root is not None  # noqa: S101
@@ -44,19 +44,13 @@ def junit(report: Report) -> bytes:
 
 def _case(suite: ET.Element, result: Result) -> None:
     _, _, name = result.check.partition(".")
-    case = ET.SubElement(
-        suite, "testcase", classname=f"refspan.{result.level}", name=name, time=f"{result.seconds:.3f}"
-    )
+    about = {"classname": escaped(f"refspan.{result.level}"), "name": escaped(name), "time": f"{result.seconds:.3f}"}
+    case = ET.SubElement(suite, "testcase", about)
     if result.status == "not offered":
         ET.SubElement(case, "skipped", message="not offered")
     elif result.status == "known failure" and result.known is not None:
-        ET.SubElement(case, "skipped", message=_text(f"known failure: {result.known.reason}, {result.known.link}"))
+        ET.SubElement(case, "skipped", message=escaped(f"known failure: {result.known.reason}, {result.known.link}"))
     elif result.failure is not None:
-        failure = ET.SubElement(case, "failure", message=_text(result.failure.message))
+        failure = ET.SubElement(case, "failure", message=escaped(result.failure.message))
         lines = [*result.failure.counterexample, f"replay: {result.failure.replay}"]
-        failure.text = _text("\n".join(["", *lines, ""]))
-
-
-def _text(text: str) -> str:
-    """Without the characters that XML cannot hold."""
-    return "".join(c if c in "\n\t" or c.isprintable() else "?" for c in text)
+        failure.text = "\n".join(["", *map(escaped, lines), ""])

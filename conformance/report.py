@@ -3,12 +3,24 @@
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
+
+from refspan.files import write_whole
 
 Status = Literal["passed", "failed", "known failure", "not offered"]
 STATUSES: tuple[Status, ...] = ("passed", "failed", "known failure", "not offered")
 FORMAT = 2
 """Version of the JSON form, see report.schema.json."""
+INCOMPLETE = "INCOMPLETE: the run ended before its last check"
+"""What reports say of a run that ended early."""
+MARKS = {
+    "json": b'\n  "complete": false,',
+    "junit": f'<error message="{INCOMPLETE}'.encode(),
+    "html": f"<strong>{INCOMPLETE}".encode(),
+    "badge": b", incomplete</title>",
+}
+"""Form of a report -> what its file holds only if the run ended early: names and messages are escaped there."""
 
 
 @dataclass(frozen=True)
@@ -94,18 +106,29 @@ class Report:
 
     @property
     def as_expected(self) -> bool:
-        """True if all checks ran, at least one passed, and those failed that were expected to, and no others."""
-        return self.complete and not self.count("failed") and not self.complaints and self.count("passed") > 0
+        """True if all checks ran, at least one was offered, and those failed that were expected to, and no others."""
+        return self.complete and not self.count("failed") and not self.complaints and self.offered
+
+    @property
+    def offered(self) -> bool:
+        """True if the backend offers what at least one check asks for."""
+        return self.count("not offered") < len(self.results)
 
     def header(self) -> Iterable[str]:
         """The facts, a line each."""
-        width = max(len(name) for name in self.facts)
-        return [f"{name:<{width}}  {value}" for name, value in self.facts.items()]
+        facts = {escaped(name): escaped(value) for name, value in self.facts.items()}
+        width = max(len(name) for name in facts)
+        return [f"{name:<{width}}  {value}" for name, value in facts.items()]
+
+    def known_failures(self) -> str:
+        """How many there are, in words; empty if none."""
+        count = self.count("known failure")
+        return f"{count} known failure{'s' if count > 1 else ''}" if count else ""
 
     def summary(self) -> str:
         """The last line. What is not offered is part of the whole."""
         parts = [f"{self.count('passed')} of {self.planned} passed", f"{self.count('failed')} failed"]
-        parts += [f"{known} known failures"] if (known := self.count("known failure")) else []
+        parts += [known] if (known := self.known_failures()) else []
         parts += [f"{self.count('not offered')} not offered"]
         seconds = sum(result.seconds for result in self.results)
         if seconds:
@@ -126,14 +149,65 @@ class Report:
             "complaints": self.complaints,
             "results": [asdict(result) for result in self.results],
         }
-        return json.dumps(_finite(tree), indent=2, allow_nan=False) + "\n"
+        return json.dumps(_presentable(tree), indent=2, allow_nan=False) + "\n"
 
 
-def _finite(tree: Any) -> Any:
+def _presentable(tree: Any) -> Any:
+    """With nothing but what JSON can hold, and a reader can print."""
     if isinstance(tree, dict):
-        return {key: _finite(value) for key, value in tree.items()}
+        return {escaped(key): _presentable(value) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
-        return [_finite(value) for value in tree]
+        return [_presentable(value) for value in tree]
+    if isinstance(tree, str):
+        return escaped(tree, keep="\n")
     if isinstance(tree, float) and (tree != tree or tree in (float("inf"), float("-inf"))):
         return str(tree)
     return tree
+
+
+def escaped(text: str, *, keep: str = "") -> str:
+    """Somebody else's words for a terminal or a file: escapes for line breaks, control characters, lone surrogates, ..
+
+    Args:
+        text: what a backend, a vector or a file says.
+        keep: characters that may stay.
+    """
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
+def partial_of(path: Path) -> Path:
+    """Where the report of a run that ended early goes if something else is at its place."""
+    return Path(f"{path}.partial")
+
+
+def write_report(path: Path, form: str, content: bytes, *, complete: bool) -> Path:
+    """Write a report. One of a run that ended early takes the place of such a one, and of nothing else.
+
+    Args:
+        path: where it is to be.
+        form: of the report, see `MARKS`.
+        content: of the file.
+        complete: whether the run came to its end.
+
+    Returns:
+        Where it is: `path`, or `partial_of(path)`.
+
+    Raises:
+        SetupError: it cannot be written.
+    """
+    partial = partial_of(path)
+    if not complete and path.exists() and not _ended_early(path, form):
+        write_whole(partial, content)
+        return partial
+    write_whole(path, content)
+    if _ended_early(partial, form):  # of an earlier run
+        partial.unlink()
+    return path
+
+
+def _ended_early(path: Path, form: str) -> bool:
+    """Whether this file is there, and is the report of a run that ended early."""
+    try:
+        return MARKS[form] in path.read_bytes()
+    except OSError:
+        return False

@@ -3,13 +3,17 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import misbehaving
 import pytest
+from click.testing import CliRunner
 
+from refspan.__main__ import cli
 from refspan.conformance.mutants import dense
 from refspan.conformance.report import Report, Result
 from refspan.conformance.runner import select
@@ -19,6 +23,7 @@ from refspan.files import write_whole
 FILE = misbehaving.__file__
 MUTANTS = "refspan.conformance.mutants"
 CHECKS = [check.id for check in select()]
+MASK = [id_ for id_ in CHECKS if id_.startswith("mask.")]
 
 
 def run_module(*arguments, cwd=None, module="refspan", **environment):
@@ -45,10 +50,11 @@ def test_conforming_backend():
     assert {"refspan", "backend", "numpy", "device", "dtype", "seed", "examples", "python"} <= set(head)
     assert (head["backend"], head["dtype"], head["seed"], head["examples"]) == ("numpy", "float32", "0", "5 per check")
     checks = lines[lines.index("") + 1 : -1]
-    assert [line.split()[:2] for line in checks] == [["pass", c] for c in CHECKS if c.startswith("mask.")]
+    assert [line.split()[:2] for line in checks] == [["pass", id_] for id_ in MASK]
     assert all("error/bound" in line for line in checks)
     assert "MASK PAST WIDTH" in checks[0]
-    assert re.fullmatch(r"6 of 6 passed, 0 failed, 0 not offered, \d+ s, \d+% of it the backend's own", lines[-1])
+    said = f"{len(MASK)} of {len(MASK)} passed, 0 failed, 0 not offered, "
+    assert re.fullmatch(said + r"\d+ s, \d+% of it the backend's own", lines[-1])
 
 
 def test_wrong_backend_shows_a_small_counterexample_and_how_to_see_it_again():
@@ -97,13 +103,16 @@ def test_two_runs_are_alike_but_for_their_times():
 def test_what_is_not_offered_is_counted_apart():
     ran = check("--backend", f"{FILE}:MaskOnly", "--examples", 2)
     assert ran.returncode == 0
-    assert f"6 of {len(CHECKS)} passed, 0 failed, {len(CHECKS) - 6} not offered" in ran.stdout
+    count, rest = len(MASK), len(CHECKS) - len(MASK)
+    assert f"{count} of {len(CHECKS)} passed, 0 failed, {rest} not offered" in ran.stdout
     assert "----  attention.output" in ran.stdout
 
 
 def test_nothing_offered_of_what_was_asked_is_no_pass():
     ran = check("--backend", f"{FILE}:MaskOnly", "--level", "gradient", "--examples", 2)
     assert ran.returncode == 2
+    assert ran.stderr == "refspan: nothing was checked: the backend offers nothing that was asked for\n"
+    assert ran.stdout.splitlines()[-1].startswith("0 of ")
 
 
 def test_list():
@@ -146,6 +155,7 @@ def test_json(tmp_path):
         (["--backend", "onnxruntime", "--device", "tpu"], "device: got 'tpu', expected one of cpu, cuda"),
         (["--backend", "numpy", "--examples", "0"], "0 is not in the range x>=1"),
         (["--backend", "numpy", "--seed", "x"], "'x' is not a valid integer"),
+        (["--backend", "numpy", "--timeout", "nan"], "'--timeout': nan is not a number of seconds"),
         (["--nope"], "refspan check: No such option"),
         ([], "Missing option '--backend'"),
     ],
@@ -203,23 +213,51 @@ def test_a_report_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert path.read_text() == "better"
 
 
-def test_an_interrupted_run_is_marked_incomplete(tmp_path):
-    import signal
-    import time
+ENDLESS = """
+import time
+from pathlib import Path
 
+
+def wait():
+    Path("waiting").write_text("")
+    time.sleep(1000)
+
+
+class Hangs:
+    name = "hangs"
+
+    def soft_mask(self, span, age, *, queries, ramp):
+        wait()
+
+
+class StartsSlowly:
+    def __init__(self):
+        wait()
+"""
+posix = pytest.mark.skipif(os.name == "nt", reason="sends signals")
+
+
+def interrupted(folder, number, *arguments, backend="endless.py:Hangs"):
+    """Exit status and what is said when a signal comes while the backend is busy; the seconds until then."""
+    (folder / "endless.py").write_text(ENDLESS)
+    (folder / "waiting").unlink(missing_ok=True)
+    command = [sys.executable, "-m", "refspan", "check", "--backend", backend, "--timeout", "600", *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=folder, **pipes) as process:
+        for _ in range(600):
+            if (folder / "waiting").exists() or process.poll() is not None:
+                break
+            time.sleep(0.1)
+        start = time.monotonic()
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+    return process.returncode, out, err, time.monotonic() - start
+
+
+def test_an_interrupted_run_is_marked_incomplete(tmp_path):
     path = tmp_path / "report.json"
-    command = [
-        sys.executable,
-        "-m",
-        "refspan",
-        "check",
-        "--backend",
-        "numpy",
-        "--examples",
-        "500",
-        "--json",
-        str(path),
-    ]
+    words = ["--backend", "numpy", "--examples", "500", "--json", str(path)]
+    command = [sys.executable, "-m", "refspan", "check", *words]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
@@ -234,6 +272,111 @@ def test_an_interrupted_run_is_marked_incomplete(tmp_path):
     tree = json.loads(path.read_text())
     assert (tree["complete"], tree["conforms"]) == (False, False)
     assert tree["results"]
+
+
+@posix
+@pytest.mark.parametrize("backend", ["Hangs", "StartsSlowly"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_busy_backend_is_left_at_once(tmp_path, name, backend):
+    """The check at which it is busy is not reported as failed; all files are written."""
+    number = getattr(signal, name)
+    words = ["--json", "r.json", "--junit", "r.xml", "--html", "r.html", "--badge", "r.svg"]
+    status, out, err, seconds = interrupted(tmp_path, number, *words, backend=f"endless.py:{backend}")
+    assert (status, err) == (128 + number, "")
+    assert seconds < 10
+    assert out.splitlines()[-1] == f"0 of {len(CHECKS)} passed, 0 failed, 0 not offered, INCOMPLETE"
+    tree = json.loads((tmp_path / "r.json").read_text())
+    assert (tree["complete"], tree["planned"], tree["results"]) == (False, len(CHECKS), [])
+    assert tree["facts"]["backend"] == ("hangs" if backend == "Hangs" else "endless.py:StartsSlowly")
+    assert all(b"incomplete" in (tmp_path / f"r.{form}").read_bytes().lower() for form in ("xml", "html", "svg"))
+
+
+@posix
+def test_a_signal_for_all_processes(tmp_path):
+    """As `timeout` sends it: the backend dies of it too, and is not to blame."""
+    (tmp_path / "endless.py").write_text(ENDLESS)
+    command = [sys.executable, "-m", "refspan", "check", "--backend", "endless.py:Hangs", "--timeout", "600"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=tmp_path, start_new_session=True, **pipes) as process:
+        while not (tmp_path / "waiting").exists():
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (143, "")
+    assert out.splitlines()[-1] == f"0 of {len(CHECKS)} passed, 0 failed, 0 not offered, INCOMPLETE"
+
+
+@posix
+def test_half_a_report_takes_the_place_of_half_a_report_only(tmp_path):
+    path, partial = tmp_path / "r.json", tmp_path / "r.json.partial"
+    said = "refspan: r.json stays as it was; the report of this run, INCOMPLETE, is r.json.partial\n"
+    assert interrupted(tmp_path, signal.SIGINT, "--seed", "1", "--json", "r.json")[2] == ""
+    assert interrupted(tmp_path, signal.SIGINT, "--seed", "2", "--json", "r.json")[2] == ""
+    assert json.loads(path.read_text())["facts"]["seed"] == "2"
+    check("--backend", "numpy", "--check", "mask.past", "--examples", 2, "--json", path)
+    whole = path.read_text()
+    for seed in ("3", "4"):
+        assert interrupted(tmp_path, signal.SIGINT, "--seed", seed, "--json", "r.json")[2] == said
+        assert json.loads(partial.read_text())["facts"]["seed"] == seed
+    assert path.read_text() == whole
+    check("--backend", "numpy", "--check", "mask.past", "--examples", 2, "--json", path)
+    assert not partial.exists()
+
+
+@posix
+def test_who_is_told_to_ignore_a_signal_does(monkeypatch):
+    """nohup; and in a process that goes on, as in tests, signals mean what they did before."""
+    code = (
+        "import os, signal\n"
+        "from refspan.interrupt import Interrupts\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        "stop = Interrupts()\n"
+        "os.kill(os.getpid(), signal.SIGHUP)\n"
+        "print(bool(stop))\n"
+        "os.kill(os.getpid(), signal.SIGTERM)\n"
+        "print(bool(stop), stop.status)\n"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False\nTrue 143\n"
+    before = signal.getsignal(signal.SIGTERM)
+    CliRunner().invoke(cli, ["check", "--backend", "nobody"], standalone_mode=False)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_report_that_cannot_be_written_takes_nothing_with_it(tmp_path, monkeypatch):
+    """The disk is full: what was found is printed, each of the other files is written, and the first fault is told."""
+
+    def full(path, content):
+        if path.suffix in (".json", ".html"):
+            raise SetupError(f"{path.name}: cannot be written: No space left on device")
+        write_whole(path, content)
+
+    monkeypatch.setattr("refspan.conformance.report.write_whole", full)
+    words = ["--backend", "numpy", "--check", "mask.past", "--examples", "2"]
+    for option, name in (("--json", "r.json"), ("--junit", "r.xml"), ("--html", "r.html"), ("--badge", "r.svg")):
+        words += [option, str(tmp_path / name)]
+    result = CliRunner().invoke(cli, ["check", *words], standalone_mode=False)
+    assert isinstance(result.exception, SetupError)
+    assert str(result.exception) == "r.json: cannot be written: No space left on device"
+    assert "\n1 of 1 passed, 0 failed, 0 not offered" in result.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["r.svg", "r.xml"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--json", "r.x", "--html", "r.x"], "--html r.x: is --json too; name another file"),
+        (["--json", "r", "--html", "r.partial"], "--json, if interrupted, r.partial: is --html too; name another file"),
+        (["--json", "known", "--expected-failures", "known"], "--json known: is --expected-failures too, which would"),
+        (["--json", "/dev/stdout"], "/dev/stdout: is not a regular file, and would have to be replaced"),
+        (["--json", "-"], "-: standard output takes no file here; name one"),
+    ],
+)
+def test_reports_that_would_replace_something(tmp_path, options, said):
+    (tmp_path / "known").write_text("")
+    ran = check("--backend", "numpy", *options, cwd=tmp_path)
+    assert (ran.returncode, ran.stdout, ran.stderr.count("\n")) == (2, "", 1)
+    assert said in ran.stderr
+    assert (tmp_path / "known").read_text() == ""
 
 
 def test_numbers_that_json_cannot_hold():

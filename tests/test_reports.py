@@ -17,13 +17,15 @@ from refspan.conformance.expected import read_expected
 from refspan.conformance.html_report import html_report
 from refspan.conformance.junit import junit
 from refspan.conformance.mutants import MUTANTS
-from refspan.conformance.report import Failure, Known, Picture, Report, Result
+from refspan.conformance.report import MARKS, Failure, Known, Picture, Report, Result, write_report
 from refspan.conformance.runner import run, select
 from refspan.conformance.sessions import InProcess
 from refspan.errors import SetupError
 
 SCHEMA = json.loads(files("refspan.conformance").joinpath("report.schema.json").read_text())
-NASTY = "<script>alert(1)</script> \x1b[31m\x00 & ]]> \"quoted\" 'too'"
+NASTY = "<script>alert(1)</script> \x1b[31m\x00\x9b\u202e\ud800\uffff & ]]> \"quoted\" 'too'"
+PLAIN = NASTY.encode("unicode_escape").decode()
+"""NASTY as reports have it."""
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 ATTENTION = "refspan.conformance.mutants.weights:Epsilon"
 
@@ -44,7 +46,7 @@ def failing():
 
 def nasty(complete=True):
     failure = Failure(NASTY, (NASTY,), NASTY, (Picture(NASTY, ((0.0, 0.5), (1.0, 0.25))),))
-    about = ("mask.values", "mask", ("MASK",), NASTY)
+    about = ("mask.values", "mask", ("MASK",), f"{NASTY}\n{NASTY}")
     known = Known(NASTY, "javascript:alert(1)")
     results = [
         Result(*about, "failed", float("inf"), 1, 0.5, 0.1, failure),
@@ -52,7 +54,7 @@ def nasty(complete=True):
         Result(*about, "passed", 0.5, 1, 0.5, 0.1),
         Result(*about, "not offered", 0.0, 0, 0.0),
     ]
-    return Report({"backend": NASTY}, results, planned=5, complete=complete, complaints=[NASTY])
+    return Report({"backend": NASTY, NASTY: NASTY}, results, planned=5, complete=complete, complaints=[NASTY])
 
 
 @pytest.mark.parametrize("complete", [True, False])
@@ -61,6 +63,8 @@ def test_json_is_as_its_schema_says(failing, complete):
         tree = json.loads(report.to_json())
         jsonschema.validate(tree, SCHEMA)
         assert sum(tree["summary"].values()) == len(tree["results"])
+    assert (tree["facts"], tree["results"][0]["purpose"]) == ({"backend": PLAIN, PLAIN: PLAIN}, f"{PLAIN}\n{PLAIN}")
+    assert tree["results"][0]["failure"]["counterexample"] == [PLAIN]
 
 
 def test_the_schema_is_strict():
@@ -94,6 +98,8 @@ def test_junit(failing):
 def test_junit_of_what_backends_say_is_xml():
     root = ET.fromstring(junit(nasty(complete=False)))
     (suite,) = root
+    assert suite.get("name") == f"refspan check {PLAIN}"
+    assert PLAIN in next(failure.text for failure in suite.iter("failure"))
     assert int(suite.get("tests")) == len(list(suite.iter("testcase")))
     assert "INCOMPLETE" in next(error.get("message") for error in suite.iter("error"))
 
@@ -138,7 +144,45 @@ def test_page_of_what_backends_say(failing):
     raw = html_report(nasty()).decode()
     assert "<script" not in raw
     assert "javascript:" not in "".join(re.findall(r"href=.[^>]*", raw))
-    assert NASTY.replace("\x00", "") in "".join(Page(raw).text).replace("\ufffd", "").replace("\x00", "")
+    text = "".join(Page(raw).text)
+    assert text.count(PLAIN) == 23
+    assert all(c.isprintable() or c == "\n" for c in text)
+
+
+def test_a_terminal_is_told_no_control_characters():
+    lines = list(nasty().header())
+    assert [line.count(PLAIN) for line in lines] == [1, 2]
+    assert all(line.isprintable() for line in lines)
+
+
+RUDE = """
+class Rude:
+    name = "\\x1b[31m\\ud800 \\u4e2d"
+    dtypes = ("float32", "\\x1b[31m\\udfff")
+
+    def facts(self):
+        return {"\\x1b]0;title\\x07": "\\ud800"}
+
+    def soft_mask(self, span, age, *, queries, ramp):
+        raise ValueError("\\x1b[31m \\udfff \\u4e2d")
+"""
+
+
+def test_what_a_rude_backend_says(tmp_path):
+    """Also where the terminal does not know all letters."""
+    (tmp_path / "rude.py").write_text(RUDE)
+    words = ["--backend", "rude.py:Rude", "--check", "mask.past", "--examples", 1]
+    for form in ("json", "junit", "html", "badge"):
+        words += [f"--{form}", f"r.{form}"]
+    ran = check(*words, cwd=tmp_path, PYTHONIOENCODING="latin-1")
+    assert (ran.returncode, ran.stderr) == (1, "")
+    assert ran.stdout.isascii()
+    contents = [(tmp_path / f"r.{form}").read_text() for form in ("json", "junit", "html", "badge")]
+    for text in (ran.stdout, *contents):
+        assert all(c.isprintable() or c == "\n" for c in text)
+    ran = check(*words, "--dtype", "float64", cwd=tmp_path)
+    assert (ran.returncode, ran.stderr.count("\n")) == (2, 1)
+    assert "\x1b" not in ran.stderr
 
 
 def test_a_run_that_ended_early_is_marked_everywhere(failing):
@@ -150,6 +194,31 @@ def test_a_run_that_ended_early_is_marked_everywhere(failing):
     assert b"INCOMPLETE" in junit(report)
     assert b"INCOMPLETE: the run ended before its last check" in html_report(report)
     assert b"incomplete" in badge(report)
+
+
+FORMS = {"json": lambda report: report.to_json().encode(), "junit": junit, "html": html_report, "badge": badge}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_half_a_report_takes_the_place_of_nothing_else(tmp_path, form):
+    """Names in a whole report that look like those of half a one change nothing."""
+    path, partial = tmp_path / "r", tmp_path / "r.partial"
+    half, whole = FORMS[form](nasty(complete=False)), nasty()
+    whole.facts = {"backend": "".join(mark.decode() for mark in MARKS.values()), "complete": "false"}
+    whole = FORMS[form](whole)
+    assert write_report(path, form, half, complete=False) == path
+    assert write_report(path, form, half, complete=False) == path
+    assert not partial.exists()
+    assert write_report(path, form, whole, complete=True) == path
+    for _ in range(2):
+        assert write_report(path, form, half, complete=False) == partial
+        assert (path.read_bytes(), partial.read_bytes()) == (whole, half)
+    write_report(path, form, whole, complete=True)
+    assert not partial.exists()
+    path.write_bytes(b"somebody else's")
+    partial.write_bytes(b"somebody else's, too")
+    write_report(path, form, whole, complete=True)
+    assert partial.read_bytes() == b"somebody else's, too"
 
 
 def test_badge(failing):
@@ -202,7 +271,45 @@ class TestExpectedFailures:
         ran = self.run(path, "--check", "attention.lone_survivor", "--check", "attention.output")
         assert ran.returncode == 0
         assert "know  attention.lone_survivor" in ran.stdout
-        assert "1 of 2 passed, 0 failed, 1 known failures, 0 not offered" in ran.stdout
+        assert "1 of 2 passed, 0 failed, 1 known failure, 0 not offered" in ran.stdout
+
+    def test_all_fail_as_expected(self, tmp_path):
+        path = self.file(tmp_path, "attention.lone_survivor: an epsilon, https://example.org/1\n")
+        ran = self.run(path, "--check", "attention.lone_survivor", "--badge", tmp_path / "r.svg")
+        assert (ran.returncode, ran.stderr) == (0, "")
+        assert "0 of 1 passed, 0 failed, 1 known failure, 0 not offered" in ran.stdout
+        assert b"0/1, 1 known failure<" in (tmp_path / "r.svg").read_bytes()
+
+    def test_how_many(self):
+        result = Result("mask.values", "mask", ("MASK",), "p", "known failure", 2.0, 1, 0.1)
+        assert [Report({}, [result] * n).known_failures() for n in range(3)] == [
+            "", "1 known failure", "2 known failures"
+        ]  # fmt: skip
+
+    def test_commas_and_a_byte_order_mark(self, tmp_path):
+        path = tmp_path / "expected.txt"
+        path.write_bytes(b"\xef\xbb\xbfmask.values: slow, see https://a.org, but known,https://b.org/x,y?z=1,2\n")
+        assert read_expected(path) == {
+            "mask.values": Known("slow, see https://a.org, but known", "https://b.org/x,y?z=1,2")
+        }
+
+    def test_vectors(self, tmp_path):
+        """Each by its id; entries of checks are none of these."""
+        backend = "refspan.conformance.mutants.mask:HardMask"
+        words = ["--backend", backend, "--check", "mask.values", "--examples", 20]
+        assert check(*words, "--save-failures", tmp_path / "v").returncode == 1
+        (id_,) = [path.name for path in (tmp_path / "v").iterdir() if path.is_dir()]
+        path = self.file(tmp_path, f"vectors.{id_}: hard, https://example.org/1\n")
+        words = ["--backend", backend, "--vectors", tmp_path / "v", "--expected-failures", path]
+        ran = check(*words)
+        assert (ran.returncode, ran.stderr) == (0, "")
+        assert "0 of 1 passed, 0 failed, 1 known failure" in ran.stdout
+        for wrong in ("mask.values", "vectors.soft_mask-0"):
+            self.file(tmp_path, f"{wrong}: hard, https://example.org/1\n")
+            ran = check(*words)
+            assert (ran.returncode, ran.stdout) == (2, "")
+            said = f":1: unknown check '{wrong}'; with --vectors, expected vectors.ID of a case there\n"
+            assert ran.stderr.endswith(said)
 
     def test_one_that_passes_fails_the_run(self, tmp_path):
         path = self.file(tmp_path, "attention.output: a slip, https://example.org/1\n")

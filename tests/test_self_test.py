@@ -1,10 +1,21 @@
 """The self-test notices a suite that has lost its teeth, or bites what is right."""
 
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
+import click
 import pytest
+from click.testing import CliRunner
 from test_check_command import check, run_module
 
+from refspan.__main__ import cli
+from refspan.commands.check import OF_SELF_TEST
 from refspan.conformance.mutants import MUTANTS, RIGHT
 from refspan.conformance.registry import CHECKS
 from refspan.conformance.runner import select
@@ -75,10 +86,66 @@ def test_a_check_that_misses_is_a_fault():
     assert "SpansOfTheFirstRow passes attention.batch_mates, made to reject it" in ran.stdout
 
 
+def test_survivors_are_known_in_the_end_only():
+    state = whole(trial("mask.past", A=1, B=None, good=3))
+    state.complete = False
+    assert state.faults() == ["good is right, and mask.past rejects it at example 3: off"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends signals")
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("seconds", [1, 6])
+def test_interrupted(tmp_path, name, seconds):
+    """Before anything is tried, and in the midst of it: for all processes, as `timeout` does it."""
+    path, number = tmp_path / "matrix.json", getattr(signal, name)
+    path.write_text('{\n  "complete": false,\n  "from": "before"\n}')
+    command = [sys.executable, "-m", "refspan", "check", "--self-test", "--level", "training", "--json", str(path)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, start_new_session=True, **pipes) as process:
+        wait_until_it_listens(process)
+        time.sleep(seconds)
+        os.killpg(process.pid, number)
+        out, err = process.communicate(timeout=30)
+    assert (process.returncode, "refspan" in err) == (128 + number, False)
+    assert out.endswith(" 0 faults of the suite, INCOMPLETE\n")
+    tree = json.loads(path.read_text())
+    assert (tree["complete"], tree["faults"], tree["trials"]) == (False, [], [])
+
+
+def wait_until_it_listens(process):
+    """SIGTERM is caught from then on."""
+    status = Path(f"/proc/{process.pid}/status")
+    if not status.exists():
+        time.sleep(5)
+        return
+    while not int(re.search(r"SigCgt:\s*(\w+)", status.read_text())[1], 16) >> (signal.SIGTERM - 1) & 1:
+        assert process.poll() is None
+        time.sleep(0.02)
+
+
+OTHERS = {
+    "--backend": "numpy", "--device": "cpu", "--form": "fused", "--timeout": "10", "--junit": "x", "--html": "x",
+    "--badge": "x", "--expected-failures": "x", "--vectors": "x", "--save-failures": "x", "--list": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("option", OTHERS)
+def test_options_that_mean_nothing_to_it(option):
+    given = [option] if OTHERS[option] is None else [option, OTHERS[option]]
+    result = CliRunner().invoke(cli, ["check", "--self-test", "--check", "mask.past", *given], standalone_mode=False)
+    assert isinstance(result.exception, click.UsageError)
+    assert str(result.exception) == f"--self-test tries the checks, not a backend: leave {option} out."
+
+
+def test_every_option_goes_with_it_or_is_refused():
+    command = cli.get_command(None, "check")
+    refused = {param.opts[0] for param in command.params if param.name not in OF_SELF_TEST}
+    assert refused == set(OTHERS)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--self-test", "--backend", "numpy"], "leave --backend out"),
         (["--backend", "numpy", "--mutant", "Epsilon"], "--mutant goes with --self-test"),
         (
             ["--self-test", "--mutant", "Nobody"],

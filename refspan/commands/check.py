@@ -1,18 +1,34 @@
 """`refspan check`: hold a backend against the specification."""
 
 import shlex
+import sys
+from contextlib import suppress
+from functools import partial
+from io import TextIOWrapper
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from refspan.conformance.protocol import EXAMPLES, TIMEOUT
 from refspan.errors import SetupError
-from refspan.files import check_distinct, check_writable, write_whole
+from refspan.files import check_distinct, check_writable
 from refspan.interrupt import Interrupts
 
 if TYPE_CHECKING:
     from refspan.conformance.vectors.reading import AnyVector
+
+OF_SELF_TEST = {"self_test", "mutants", "levels", "ids", "dtype", "seed", "examples", "json_path"}
+"""Parameters that mean something with --self-test."""
+
+
+def _not_nan(_ctx: click.Context, _param: click.Parameter, value: float) -> float:
+    """Of a range that lets nan pass."""
+    if value != value:
+        raise click.BadParameter("nan is not a number of seconds.")
+    return value
 
 
 @click.command("check")
@@ -31,6 +47,7 @@ if TYPE_CHECKING:
 @click.option(
     "--timeout",
     type=click.FloatRange(min=0, min_open=True, max=86400),
+    callback=_not_nan,
     default=TIMEOUT,
     show_default=True,
     help="Seconds that one answer may take.",
@@ -79,19 +96,20 @@ def command(
 ) -> int:
     """Hold a backend against the specification.
 
-    Exit status: 0 the backend conforms, 1 it does not, 2 it could not be asked.
+    Exit status: 0 the backend conforms or fails as expected, 1 it does not, 2 it could not be asked, 130 after Ctrl-C.
     """
     if self_test:
-        if backend_name is not None:
-            raise click.UsageError("--self-test tries the checks, not a backend: leave --backend out.", ctx)
+        _refuse_others(ctx)
         from refspan.commands.self_test import run_self_test
 
         return run_self_test(levels, ids, mutants, dtype=dtype, seed=seed, examples=examples, json_path=json_path)
     if mutants:
         raise click.UsageError("--mutant goes with --self-test.", ctx)
+    stop = Interrupts()
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # backends have names that a terminal may not know
     from refspan.conformance.expected import read_expected
-    from refspan.conformance.loading import session_of
-    from refspan.conformance.report import Report
+    from refspan.conformance.report import Report, escaped, partial_of
     from refspan.conformance.runner import DTYPES, facts_of_run, run, select
     from refspan.conformance.vectors.folder import entries_to_add_to, write_folder
     from refspan.conformance.vectors.reading import read_folder
@@ -111,20 +129,27 @@ def command(
         raise SetupError(f"unknown dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
     asked = {"json": json_path, "junit": junit, "html": html, "badge": badge}
     files = {form: path for form, path in asked.items() if path is not None}
-    check_distinct({f"--{form}": path for form, path in files.items()}, {"--expected-failures": expected_path})
+    written: dict[str, Path | None] = {f"--{form}": path for form, path in files.items()}
+    written |= {f"--{form}, if interrupted,": partial_of(path) for form, path in files.items()}
+    check_distinct(written, {"--expected-failures": expected_path})
     for path in files.values():
         check_writable(path)
     if failures_path is not None:
         entries_to_add_to(failures_path)
-    expected = {} if expected_path is None else read_expected(expected_path)
-
-    session = session_of(backend_name, timeout=timeout, device=device, form=form)
-    if session.dtypes and dtype not in session.dtypes:
-        session.close()
-        raise SetupError(f"backend {backend_name!r} does not take dtype {dtype}; it takes {', '.join(session.dtypes)}")
     if vectors is not None:
+        checks = checks_of(vectors)
+    there = None if vectors is None else {one.id for one in checks}
+    expected = {} if expected_path is None else read_expected(expected_path, there)
+
+    session = _loaded(stop, backend_name, timeout=timeout, device=device, form=form)
+    if session is not None and session.dtypes and dtype not in session.dtypes:
+        session.close()
+        taken = escaped(", ".join(session.dtypes))
+        raise SetupError(f"backend {backend_name!r} does not take dtype {dtype}; it takes {taken}")
+    if vectors is not None and session is not None:
         checks = checks_of(vectors, session.dtypes)
-    report = Report(facts_of_run(session, dtype=dtype, seed=seed, examples=examples))
+    head = session or SimpleNamespace(facts={"backend": backend_name})
+    report = Report(facts_of_run(head, dtype=dtype, seed=seed, examples=examples), planned=len(checks))
     replay = ["refspan", "check", "--backend", backend_name]
     for name, value in (("--device", device), ("--form", form)):
         replay += [name, value] if value else []
@@ -136,57 +161,123 @@ def command(
         return shlex.join([*replay, *which])
 
     saved: list[AnyVector] = []
-    interrupted = False
-    asked_to_stop = Interrupts()
-    try:
-        for line in report.header():
-            click.echo(line)
-        click.echo()
+    faults: list[Exception] = []
+    if session is not None:
         options = {"dtype": dtype, "seed": seed, "replay": replay_of, "expected": expected, "keep": saved.append}
-        _run(run, session, checks, report, asked_to_stop, examples=examples, **options)
-    except KeyboardInterrupt:
-        interrupted = True
-    finally:
-        session.close()
-        for form, path in files.items():
-            # what is only half of a report never takes the place of a whole one
-            half = not report.complete and path.exists()
-            write_whole(path.with_name(path.name + ".partial") if half else path, _as(form, report))
-    for complaint in report.complaints:
-        click.echo(complaint)
-    click.echo(report.summary())
+        try:
+            for line in report.header():
+                click.echo(line)
+            click.echo()
+            _run(run, Interruptible(session, stop), checks, report, stop, examples=examples, **options)
+        except KeyboardInterrupt:
+            pass
+        except Exception as error:  # noqa: BLE001 - raised again below, when what was found until then is written
+            faults.append(error)
+        finally:
+            session.close()
+    parts = [partial(_say, report), *(partial(_write, form, path, report) for form, path in files.items())]
     if failures_path is not None and saved:  # last: the report does not depend on it
-        write_folder(failures_path, saved)
-    if interrupted:
-        return 130
-    if report.as_expected:
-        return 0
-    return 1 if report.count("failed") or report.complaints else 2
+        parts.append(partial(write_folder, failures_path, saved))
+    for part in parts:
+        try:
+            part()
+        except Exception as error:  # noqa: BLE001 - raised again below; the rest is not lost with it
+            faults.append(error)
+    if stop and not report.complete:
+        with suppress(OSError):  # the terminal may be what is gone
+            for fault in faults:
+                click.echo(f"refspan: {fault}", err=True)
+        return stop.status
+    if faults:
+        raise faults[0]
+    if not report.offered and not report.complaints:
+        raise SetupError("nothing was checked: the backend offers nothing that was asked for")
+    return 0 if report.as_expected else 1
 
 
-def _as(form: str, report: Any) -> bytes:
-    """The report as it is written to a file."""
+def _refuse_others(ctx: click.Context) -> None:
+    """Raise UsageError if --self-test was given an option that means nothing to it."""
+    for option in ctx.command.params:
+        given = ctx.get_parameter_source(str(option.name)) is ParameterSource.COMMANDLINE
+        if given and option.name not in OF_SELF_TEST:
+            raise click.UsageError(f"--self-test tries the checks, not a backend: leave {option.opts[0]} out.", ctx)
+
+
+def _loaded(stop: Interrupts, backend_name: str, **options: Any) -> Any:
+    """The backend's session; None if the user has had enough before there is one."""
+    from refspan.conformance.loading import session_of
+
+    try:
+        with stop.waiting():
+            return session_of(backend_name, **options)
+    except (KeyboardInterrupt, SetupError):  # SetupError: its process was told to end, too
+        if not stop:
+            raise
+        return None
+
+
+class Interruptible:
+    """A session that ends at once when the user has had enough: a backend may take long, and is not needed any more."""
+
+    def __init__(self, session: Any, stop: Interrupts) -> None:
+        self._session, self._stop = session, stop
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._session, name)
+        return partial(self._ask, found) if callable(found) else found
+
+    def _ask(self, ask: Any, *question: Any) -> Any:
+        from refspan.conformance.guard import Misbehaviour
+
+        try:
+            with self._stop.waiting():
+                return ask(*question)
+        except Misbehaviour:
+            if self._stop:  # a signal for all processes of ours has ended the backend, too
+                raise KeyboardInterrupt from None
+            raise
+
+
+def _say(report: Any) -> None:
+    """Print the end of the report."""
+    from refspan.conformance.report import escaped
+
+    for complaint in report.complaints:
+        click.echo(escaped(complaint))
+    click.echo(report.summary())
+
+
+def _write(form: str, path: Path, report: Any) -> None:
+    """Write the report to a file."""
     from refspan.conformance.badge import badge
     from refspan.conformance.html_report import html_report
     from refspan.conformance.junit import junit
+    from refspan.conformance.report import write_report
 
     if form == "json":
         content: bytes = report.to_json().encode()
-        return content
-    return {"junit": junit, "html": html_report, "badge": badge}[form](report)
+    else:
+        content = {"junit": junit, "html": html_report, "badge": badge}[form](report)
+    say_where(path, write_report(path, form, content, complete=report.complete))
 
 
-def _run(
-    run: Any, session: Any, checks: Any, report: Any, asked_to_stop: Interrupts, *, examples: int, **options: Any
-) -> None:
+def say_where(path: Path, written: Path) -> None:
+    """Tell if a report is not where it was to be."""
+    if written != path:
+        click.echo(f"refspan: {path} stays as it was; the report of this run, INCOMPLETE, is {written}", err=True)
+
+
+def _run(run: Any, session: Any, checks: Any, report: Any, stop: Interrupts, *, examples: int, **options: Any) -> None:
     """Print a line per check as it finishes; on a terminal a bar shows the one at work."""
     from tqdm import tqdm
+
+    from refspan.conformance.report import escaped
 
     # disable=None: no bar where stderr is no terminal
     with tqdm(total=examples * len(checks), disable=None, leave=False, unit="ex", dynamic_ncols=True) as bar:
 
         def tick(check: Any, example: int) -> None:
-            if asked_to_stop:
+            if stop:
                 raise KeyboardInterrupt
             if example == 0:
                 bar.set_description(check.id)
@@ -196,10 +287,8 @@ def _run(
         for done, result in enumerate(run(session, checks, report, examples=examples, tick=tick, **options), start=1):
             bar.n = done * examples
             bar.refresh()
-            lines = [result.line()]
+            bar.write(result.line())
             if result.failure is not None:
-                lines += [f"      {result.failure.message}"]
-                lines += [f"        {line}" for line in result.failure.counterexample]
-                lines += [f"      replay: {result.failure.replay}"]
-            for line in lines:
-                bar.write(line)
+                lines = [result.failure.message, *(f"  {line}" for line in result.failure.counterexample)]
+                for line in [*lines, f"replay: {result.failure.replay}"]:
+                    bar.write(f"      {escaped(line)}")

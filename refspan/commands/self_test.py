@@ -1,12 +1,20 @@
 """`refspan check --self-test`: hold the checks against backends that are known to be wrong, or right."""
 
 from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+from refspan.commands.check import say_where
 from refspan.errors import SetupError
-from refspan.files import check_writable, write_whole
+from refspan.files import check_writable
+from refspan.interrupt import Interrupts
+
+if TYPE_CHECKING:
+    from refspan.conformance.self_test import SelfTest
 
 
 def run_self_test(
@@ -22,16 +30,19 @@ def run_self_test(
     """Print a line per check as it ends, then the matrix clause -> check -> mutants, then what is wrong with the suite.
 
     Returns:
-        Exit status: 0, or 1 if a mutant survives, a check rejects none, or a right backend is rejected; 130 on Ctrl-C.
+        Exit status: 0, or 1 if a mutant survives, a check rejects none, or a right backend is rejected; 130 on Ctrl-C,
+        and 128 and its number for another signal.
 
     Raises:
         SetupError: an unknown level, check, dtype or mutant, or a file that cannot be written.
     """
+    stop = Interrupts()
     from tqdm import tqdm
 
     from refspan.conformance.mutants import MUTANTS
+    from refspan.conformance.report import write_report
     from refspan.conformance.runner import DTYPES, select
-    from refspan.conformance.self_test import SelfTest, self_test
+    from refspan.conformance.self_test import self_test
 
     checks = select(levels, ids)
     if dtype not in DTYPES:
@@ -41,12 +52,17 @@ def run_self_test(
             raise SetupError(f"unknown mutant {name!r}; `python -m refspan.conformance.mutants` lists them")
     if json_path is not None:
         check_writable(json_path)
-    state: SelfTest | None = None
-    interrupted = False
+    states = self_test(levels=levels, ids=ids, mutants=mutants, dtype=dtype, seed=seed, examples=examples)
+    state = next(states)
     try:
         # disable=None: no bar where stderr is no terminal
-        with tqdm(total=len(checks), disable=None, leave=False, unit="check", dynamic_ncols=True) as bar:
-            for state in self_test(levels=levels, ids=ids, mutants=mutants, dtype=dtype, seed=seed, examples=examples):
+        with (
+            closing(states),
+            tqdm(total=len(checks), disable=None, leave=False, unit="check", dynamic_ncols=True) as bar,
+        ):
+            while not state.complete:
+                with stop.waiting():
+                    state = next(states)
                 if not state.complete:
                     last = state.trials[-1]
                     rejected = len(set(last.killed) & set(state.mutants))
@@ -54,12 +70,19 @@ def run_self_test(
                     count = f"rejects {rejected:>3} of {asked:>3} mutants"
                     bar.write(f"{last.check:<28} {count}  {last.examples:>5} examples {last.seconds:6.1f} s")
                     bar.update()
-    except KeyboardInterrupt:
-        interrupted = True
-    if state is None:
-        return 130
-    if json_path is not None:
-        write_whole(json_path, state.to_json().encode())
+    except (KeyboardInterrupt, BrokenProcessPool):  # BrokenProcessPool: its processes were told to end, too
+        if not stop:
+            raise
+    try:
+        _say(state)
+    finally:  # neither is lost with the other
+        if json_path is not None:
+            content = state.to_json().encode()
+            say_where(json_path, write_report(json_path, "json", content, complete=state.complete))
+    return int(bool(state.faults())) if state.complete else stop.status
+
+
+def _say(state: "SelfTest") -> None:
     click.echo()
     for line in state.matrix():
         click.echo(line)
@@ -67,4 +90,3 @@ def run_self_test(
     for fault in state.faults():
         click.echo(fault)
     click.echo(state.summary())
-    return 130 if interrupted else int(bool(state.faults()))
