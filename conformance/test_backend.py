@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 def test_check(refspan_check: "Check", refspan_session: "Session", refspan_options: dict[str, Any]) -> None:
     """The backend passes this check, or fails as expected."""
-    from refspan.conformance.report import Report
+    from refspan.conformance.report import Report, escaped
     from refspan.conformance.runner import run
 
     report = Report({})
@@ -19,10 +19,10 @@ def test_check(refspan_check: "Check", refspan_session: "Session", refspan_optio
     if result.status == "not offered" and not report.complaints:
         pytest.skip("not offered")
     if result.status == "known failure" and result.known is not None:
-        pytest.xfail(f"{result.known.reason}, {result.known.link}")
+        pytest.xfail(escaped(f"{result.known.reason}, {result.known.link}"))
     if report.complaints:
-        pytest.fail("\n".join(report.complaints), pytrace=False)
+        pytest.fail("\n".join(map(escaped, report.complaints)), pytrace=False)
     if result.failure is not None:
         failure = result.failure
         lines = [failure.message, *(f"  {line}" for line in failure.counterexample), f"replay: {failure.replay}"]
-        pytest.fail("\n".join([refspan_check.purpose, *lines]), pytrace=False)
+        pytest.fail("\n".join([refspan_check.purpose, *map(escaped, lines)]), pytrace=False)
