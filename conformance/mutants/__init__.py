@@ -17,6 +17,7 @@ from refspan.conformance.mutants import (  # noqa: F401 - each puts its own on t
     mask,
     memory,
     models,
+    sizes,
     streams,
     training,
     weights,
