@@ -65,9 +65,10 @@ def long(probe: Probe, case: ModelCase) -> None:
 
 
 @check("memory.large", clauses=["AGE", "DROP"], needs=NEEDS, cost=6 * COST,
-       cases=some(shapes=LARGE, rows=(5, 4), least_tokens=65, most_tokens=64, memory=False))  # fmt: skip
+       cases=some(shapes=LARGE, rows=(5, 4), least_tokens=65, most_tokens=100, memory=False,
+                  long_block=100))  # fmt: skip
 def large(probe: Probe, case: ModelCase) -> None:
-    """Blocks of 64 and 129 tokens, five rows, a wider model: sizes that small cases may be beneath."""
+    """Blocks of 64 to 129 tokens, five rows, a wider model: sizes that small cases may be beneath."""
     follow(probe, case)
 
 
