@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -140,7 +141,9 @@ def self_test(
     examples: int = EXAMPLES,
     processes: int | None = None,
 ) -> Generator[SelfTest, None, None]:
-    """Try checks on mutants and right backends; yields the state of things at the beginning and after each check.
+    """Try checks on mutants and right backends; yields the state of things after each check.
+
+    And before: at the beginning, and once its processes have started.
 
     Args:
         levels: whose checks are tried; all by default.
@@ -165,7 +168,9 @@ def self_test(
     with ProcessPoolExecutor(processes, mp_context=context, initializer=_prepare) as pool:
         costly = sorted(checks, key=lambda check: -check.cost)  # first, so that no process ends long after the others
         try:
-            asked = [pool.submit(_try, check.id, list(state.mutants), dtype, seed, examples) for check in costly]
+            with _deaf():
+                asked = [pool.submit(_try, check.id, list(state.mutants), dtype, seed, examples) for check in costly]
+            yield state
             for done in as_completed(asked):
                 state.trials.append(done.result())
                 yield state
@@ -178,6 +183,19 @@ def self_test(
     state.trials.sort(key=lambda trial: order[trial.check])
     state.complete = True
     yield state
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Processes that start in this block do not hear Ctrl-C until they can ignore it."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _prepare() -> None:

@@ -94,7 +94,7 @@ def test_survivors_are_known_in_the_end_only():
 
 @pytest.mark.skipif(os.name == "nt", reason="sends signals")
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-@pytest.mark.parametrize("seconds", [1, 6])
+@pytest.mark.parametrize("seconds", [0, 1, 6])
 def test_interrupted(tmp_path, name, seconds):
     """Before anything is tried, and in the midst of it: for all processes, as `timeout` does it."""
     path, number = tmp_path / "matrix.json", getattr(signal, name)
@@ -106,7 +106,7 @@ def test_interrupted(tmp_path, name, seconds):
         time.sleep(seconds)
         os.killpg(process.pid, number)
         out, err = process.communicate(timeout=30)
-    assert (process.returncode, "refspan" in err) == (128 + number, False)
+    assert (process.returncode, err) == (128 + number, "")
     assert out.endswith(" 0 faults of the suite, INCOMPLETE\n")
     tree = json.loads(path.read_text())
     assert (tree["complete"], tree["faults"], tree["trials"]) == (False, [], [])

@@ -60,6 +60,7 @@ def run_self_test(
             closing(states),
             tqdm(total=len(checks), disable=None, leave=False, unit="check", dynamic_ncols=True) as bar,
         ):
+            next(states)  # its processes start, which had better not end half-way
             while not state.complete:
                 with stop.waiting():
                     state = next(states)
