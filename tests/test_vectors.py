@@ -16,12 +16,15 @@ from test_check_command import check, run_module
 
 import refspan
 from refspan.conformance.mutants import MUTANTS
-from refspan.conformance.programs import Open, Reset, Restore, Save, Size, Step
+from refspan.conformance.programs import Learn, Open, Reset, Restore, Save, Size, Step
 from refspan.conformance.report import Report
 from refspan.conformance.runner import run, select
 from refspan.conformance.sessions import InProcess
-from refspan.conformance.vectors.folder import lint_folder, write_folder
+from refspan.conformance.vectors import disk, work
+from refspan.conformance.vectors.folder import write_folder
 from refspan.conformance.vectors.frozen import frozen_vectors
+from refspan.conformance.vectors.lint import lint_folder
+from refspan.conformance.vectors.program_json import from_json, to_json
 from refspan.conformance.vectors.program_vector import ProgramVector, program_vector_of
 from refspan.conformance.vectors.reading import read_folder
 from refspan.conformance.vectors.replay import checks_of
@@ -85,9 +88,8 @@ def test_frozen_ones_say_why_they_exist():
 
 def test_the_folder_is_sound_and_as_the_schema_says(whole):
     assert list(lint_folder(whole)) == []
-    schema = json.loads(files("refspan.conformance.vectors").joinpath("manifest.schema.json").read_text())
-    jsonschema.Draft202012Validator.check_schema(schema)
-    jsonschema.validate(json.loads((whole / "manifest.json").read_text()), schema)
+    jsonschema.Draft202012Validator.check_schema(schema())
+    jsonschema.validate(json.loads((whole / "manifest.json").read_text()), schema())
 
 
 def test_the_same_bytes_every_time(whole, tmp_path):
@@ -294,9 +296,13 @@ def link(which):
     return spoil
 
 
+def piped(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
 def pipe(folder):
-    case_file(folder).unlink()
-    os.mkfifo(case_file(folder))
+    piped(case_file(folder))
 
 
 def of_version(version):
@@ -336,6 +342,16 @@ HOSTILE = {
     "other dtype": (tensor("input.age", lambda x: x.astype(np.int32)), "another dtype than float and int64"),
     "scalar": (tensor("input.span", lambda x: np.array(x.flat[0])), "is no [B, N]"),
     "more": (tensor("nonsense", lambda x: np.zeros(1)), "has a tensor 'nonsense'"),
+    "another terminal": (tensor("input.\x1b[2J", lambda x: np.zeros(1)), "has inputs ?[2J, age"),
+    "half a character": (said(purpose="\ud800"), "`purpose` is '\\ud800'"),
+    "control character": (said(notes=["fine", "\x1b[2J"]), "`notes` is"),
+    "two lines": (said(check="mask.values\n"), "`check` is 'mask.values\\n'"),
+    "true": (said(queries=True), "`queries` is 'True'"),
+    "true version": (of_version(True), "has version True"),
+    "version in colours": (of_version("\x1b[31m1"), "has version ?[31m1"),
+    "short ramp": (said(ramp=1e-40), "ramp: got 1e-40, expected"),
+    "NaN": (tensor("input.span", lambda x: x * np.float32(np.nan)), "span: got"),
+    "large manifest": (lambda folder: os.truncate(folder / "manifest.json", 1 << 25), "expected at most 16777216"),
 }
 
 
@@ -390,6 +406,32 @@ def setting(**changes):
     return calls(lambda said: said[0]["config"].update(changes))
 
 
+def call_of(name, **about):
+    return {"operation": name, "stream": "a", **about}
+
+
+OPEN = call_of("open_model", config=CONFIG.to_dict(), batch=2, params=0, memory=False)
+
+
+def lots(more, tensors=None, memory=0, *, positions=4):
+    """Calls after those that there are, each with such tensors; a large memory or table of positions from the start."""
+
+    def spoil(folder):
+        path = first(folder) / "program.json"
+        there = json.loads(path.read_text())
+        path.write_text(json.dumps(there + more))
+        held = safetensors.numpy.load(case_file(folder).read_bytes())
+        places = range(len(there), len(there) + len(more))
+        held |= {f"input.{i}.{name}": x for i in places for name, x in (tensors or {}).items()}
+        held["input.0.params.position.weight"] = np.zeros((positions, CONFIG.head_size), np.float32)
+        if memory:
+            held["input.0.memory.0.hidden"] = np.zeros((2, memory, CONFIG.hidden_size), np.float32)
+            held["input.0.memory.0.age"] = np.tile(np.arange(memory) + 1, (2, 1))
+        case_file(folder).write_bytes(safetensors.numpy.save(held))
+
+    return spoil
+
+
 HOSTILE_PROGRAMS = {
     "no program": (lambda folder: (first(folder) / "program.json").unlink(), "program.json: no such file"),
     "no JSON": (lambda folder: (first(folder) / "program.json").write_bytes(b"\xff"), "can't decode"),
@@ -425,6 +467,14 @@ HOSTILE_PROGRAMS = {
     "other bound": (tensor("bound.4.log_probs", lambda x: np.zeros((7, 7))), "'4.log_probs' is missing, of another"),
     "other kind": (said(operation="training"), "`operation` is 'training'"),
     "a link": (link(lambda folder: first(folder) / "program.json"), "is a link; expected a file of the folder"),
+    "large": (lambda folder: os.truncate(first(folder) / "program.json", 1 << 21), "expected at most 1048576"),
+    "a name of two lines": (call(1, stream="a\nb"), "operation 1: `stream` is"),
+    "another terminal": (tensor("input.0.params.\x1b[2J", lambda x: np.zeros(1)), "parameter ?[2J: not known"),
+    "long state": (call(0, config={**CONFIG.to_dict(), "norm": "x" * 10**5}), "norm: got 'xxx"),
+    "many blocks": (lots([call_of("step")] * 900, {"tokens": np.zeros((2, 5), np.int64)}, 2000), "is too much work, "),
+    "many parameters": (lots([OPEN] * 900, positions=20_000), "needs room for 1.7e+07 numbers, expected at most 1.7e"),
+    "many states": (lots([call_of("state", state="s")] * 900, memory=2000), "needs room for"),
+    "much to project": (lots([], memory=40_000, positions=40_000), "operation 0: is too much work, "),
 }
 
 
@@ -445,6 +495,7 @@ def test_hostile_programs_are_refused_in_one_line(of_programs, name):
         (tensor("expected.6.memory_size", lambda x: x - 1), "of 6.memory_size is not what the specification says"),
         (tensor("input.0.params.output.bias", lambda x: moved(x)), "its contents have the id stream-"),
         (call(3, row=0), "its contents have the id stream-"),
+        (lambda folder: enormous(folder), "the reference does not take it: a.restore(s) raised ValueError"),
     ],
 )
 def test_the_linter_finds_in_programs(of_programs, spoil, message):
@@ -462,6 +513,15 @@ def test_hostile_folders_are_refused_in_one_line(folder, name):
     assert "\n" not in str(caught.value)
 
 
+def enormous(folder):
+    """Parameters that overflow even in float64, so that there are states that nobody returns to."""
+    tensors = safetensors.numpy.load(case_file(folder).read_bytes())
+    for name, x in tensors.items():
+        if name.startswith("input.") and x.dtype == np.float32:
+            tensors[name] = np.asarray(x.astype(float) * 1e200)
+    case_file(folder).write_bytes(safetensors.numpy.save(tensors))
+
+
 def moved(x):
     x = x.copy()
     x.flat[0] += 0.5
@@ -474,11 +534,239 @@ UNSOUND = {
     "another file": (lambda folder: (folder / "notes.txt").touch(), "notes.txt: is not in the manifest"),
     "another file inside": (lambda folder: (first(folder) / "notes").touch(), "notes: is not part of a case"),
     "no model": (lambda folder: (first(folder) / "model.onnx").unlink(), "model.onnx: is missing"),
+    "linked model": (link(lambda folder: first(folder) / "model.onnx"), "model.onnx: is a link"),
+    "no file": (lambda folder: os.mkfifo(first(folder) / "pipe"), "pipe: is not part of a case"),
+    "model in a pipe": (lambda folder: piped(first(folder) / "model.onnx"), "model.onnx: is not a regular file"),
+    "a link to a folder": (
+        lambda folder: (first(folder) / "more").symlink_to(folder.parent),
+        "more: is a link",
+    ),
+    "an empty folder": (
+        lambda folder: (first(folder) / "more" / "and more").mkdir(parents=True),
+        "more/and more: is an empty folder",
+    ),
+    "a name of two lines": (lambda folder: (folder / "a\nb\x1b[2J").touch(), "a b?[2J: is not in the manifest"),
+    "one inside": (lambda folder: (first(folder) / "a\nb\x1b[2J").touch(), "/a b?[2J: is not part of a case"),
+    "no bound": (tensor("bound.mask", lambda x: x * np.nan), "is not what the specification says"),
     "another model": (
         lambda folder: (first(folder) / "model.onnx").write_bytes(b"x"),
         "is not what the manifest has the hash of",
     ),
 }
+
+
+def head(**changes):
+    """Another manifest around the cases."""
+
+    def spoil(folder):
+        (folder / "manifest.json").write_text(json.dumps({**manifest(folder), **changes}))
+
+    return spoil
+
+
+def without(name, *, case=True):
+    def spoil(folder):
+        tree = manifest(folder)
+        del (tree["cases"][0] if case else tree)[name]
+        (folder / "manifest.json").write_text(json.dumps(tree))
+
+    return spoil
+
+
+def twice(folder):
+    cases = manifest(folder)["cases"]
+    head(cases=[*cases, cases[0]])(folder)
+
+
+def hashed(name, digest):
+    def spoil(folder):
+        said(files={**manifest(folder)["cases"][0]["files"], name: digest})(folder)
+
+    return spoil
+
+
+UNSOUND_MANIFESTS = {
+    "no dtype": (without("dtype"), "`dtype` is none of"),
+    "unknown dtype": (said(dtype="bogus"), "`dtype` is none of"),
+    "dtype of another type": (said(dtype=["float32"]), "`dtype` is none of"),
+    "other dtype": (said(dtype="float16"), "is of dtype float"),
+    "more": (head(more=1), "has 'more', expected"),
+    "more of a case": (said(**{"more\n": 1}), "the manifest has 'more\\n' of it"),
+    "no refspan": (without("refspan", case=False), "`refspan` is no version"),
+    "null": (head(refspan=None), "`refspan` is no version"),
+    "empty version": (head(refspan=""), "`refspan` is no version"),
+    "no mutant": (said(kills=["Epsilon", "OfTomorrow"]), "there is no mutant 'OfTomorrow'"),
+    "no check": (said(check="mask.of_tomorrow"), "there is no check 'mask.of_tomorrow'"),
+    "no check at all": (said(check=""), "there is no check ''"),
+    "no clauses": (said(clauses=[]), "`clauses` is empty"),
+    "no purpose": (said(purpose=""), "`purpose` is empty"),
+    "twice": (twice, "is in the manifest 2 times"),
+    "more files": (hashed("other.onnx", "0" * 64), "`files` has 'other.onnx', which is not part of a case"),
+    "no hash": (hashed("model.onnx", "?"), "`files` has no SHA-256 of 'model.onnx'"),
+    "short hash": (hashed("model.onnx", "0" * 63), "`files` has no SHA-256 of 'model.onnx'"),
+    "hash of two lines": (hashed("model.onnx", "0" * 64 + "\n"), "`files` has no SHA-256 of 'model.onnx'"),
+    "no files": (said(files={}), "is not what the manifest has the hash of"),
+}
+REFUSED_MANIFESTS = {
+    "hash of another type": hashed("model.onnx", 5),
+    "no queries": without("queries"),
+    "true": said(queries=True),
+    "no queries at all": said(queries=0),
+    "no ramp": said(ramp=0.0),
+    "other version": head(refspan_vectors=2),
+    "no cases": head(cases={}),
+    "a number": said(purpose=5),
+    "null": said(kills=None),
+    "two lines": said(notes=["a\nb"]),
+    "a case of another operation": said(operation="training"),
+    "upper case": said(id="soft_mask-0123456789ABCDEF"),
+}
+"""They are not even read."""
+
+
+def schema():
+    return json.loads(files("refspan.conformance.vectors").joinpath("manifest.schema.json").read_text())
+
+
+@pytest.mark.parametrize("name", UNSOUND_MANIFESTS)
+def test_the_linter_finds_in_manifests(folder, name):
+    spoil, message = UNSOUND_MANIFESTS[name]
+    spoil(folder)
+    assert any(message in fault for fault in lint_folder(folder))
+    assert read_folder(folder)  # unsound, and no less readable
+
+
+@pytest.mark.parametrize("name", REFUSED_MANIFESTS)
+def test_what_the_schema_refuses_is_refused(folder, name):
+    REFUSED_MANIFESTS[name](folder)
+    assert list(jsonschema.Draft202012Validator(schema()).iter_errors(manifest(folder))) != []
+    with pytest.raises(SetupError):
+        list(lint_folder(folder))
+
+
+def test_the_schema_finds_as_much(folder):
+    """All but what it has no words for: which checks, mutants and files there are, and what is in them."""
+    found = set()
+    for name, (spoil, _) in UNSOUND_MANIFESTS.items():
+        before = (folder / "manifest.json").read_bytes()
+        spoil(folder)
+        if not jsonschema.Draft202012Validator(schema()).is_valid(manifest(folder)):
+            found.add(name)
+        (folder / "manifest.json").write_bytes(before)
+    beyond = {"other dtype", "no mutant", "no check", "more files", "hash of two lines", "no files"}
+    assert found == set(UNSOUND_MANIFESTS) - beyond
+
+
+def test_a_replayed_failure_is_from_no_unknown_check(of_programs):
+    said(check=f"vectors.{first(of_programs).name}")(of_programs)
+    assert list(lint_folder(of_programs)) == []
+    said(check="vectors.of_tomorrow")(of_programs)
+    assert any("there is no check" in fault for fault in lint_folder(of_programs))
+
+
+def attention(shape, memories, operation="span_attention", *, shared=False, positions=None):
+    """A case of zeros: all memories are alive."""
+    batch, heads, queries, size = shape
+    query, key = np.zeros(shape, np.float32), np.zeros((batch, heads, memories, size), np.float32)
+    span = np.full((batch, memories), 1e9, np.float32)
+    age = np.tile(np.arange(memories) * (not shared) + 1, (batch, 1))
+    inputs = {"query": query, "key": key, "value": key, "span": span, "age": age}
+    results = {"output": query}
+    if operation == "span_attention_backward":
+        inputs["grad_out"] = query
+        results = {"query": query, "key": key, "value": key, "span": span * 0}
+    if positions:
+        inputs["position"] = np.zeros((positions, size), np.float32)
+        results |= {"position": inputs["position"]} if operation == "span_attention_backward" else {}
+    expected = {name: x.astype(float) for name, x in results.items()}
+    about = {"check": "attention.output", "clauses": ("LOGIT",), "purpose": "to take long"}
+    return Vector(operation, 8.0, queries, inputs, expected, expected, **about)
+
+
+SHARED = {"shape": (1, 1, 64, 1), "memories": 1 << 14, "positions": 256, "shared": True}
+"""All memories of one age; the gradient of the position table is then slow."""
+
+
+@pytest.mark.parametrize(
+    ("about", "fine"),
+    [
+        ({"shape": (1, 1, 1 << 18, 1), "memories": 1 << 20}, False),
+        ({"shape": (1, 1, 1 << 15, 32), "memories": 1 << 13}, False),
+        ({"shape": (1 << 15, 1, 1, 1), "memories": 1}, False),  # a row after the other
+        ({"shape": (1, 1, 256, 1), "memories": 256}, True),
+        (SHARED, True),
+        (SHARED | {"operation": "span_attention_backward", "shared": False}, True),
+        (SHARED | {"operation": "span_attention_backward"}, False),
+    ],
+)
+def test_too_much_work_is_refused(tmp_path, about, fine):
+    """M = 2^18, N = 2^20 are 25 MB, and a day of computing."""
+    write_folder(tmp_path, [attention(**about)])
+    faults = list(lint_folder(tmp_path))
+    if fine:
+        assert faults == []
+        assert len(read_folder(tmp_path)) == 1
+        return
+    (fault,) = faults
+    assert "case.safetensors: is too much work, " in fault
+    with pytest.raises(SetupError, match="is too much work, "):
+        read_folder(tmp_path)
+
+
+def test_work_is_known_before_it_is_done():
+    """No size is 0 in it, or the others could be anything."""
+    assert work.attention_units((0, 1 << 60, 1 << 19, 0), 1 << 60) > work.MOST_WORK
+    assert work.most_shared(np.array([[3, 1, 3, 3], [2, 2, 5, 6]])) == 3
+    assert work.most_shared(np.array([[1, 2, 3], [3, 4, 5]])) == 1
+    assert work.most_shared(np.zeros((2, 0), np.int64)) == 1
+
+
+def test_what_we_ask_ourselves_is_far_from_too_much(whole, monkeypatch):
+    monkeypatch.setattr(work, "MOST_WORK", work.MOST_WORK >> 3)
+    monkeypatch.setattr(work, "MOST_NUMBERS", work.MOST_NUMBERS >> 3)
+    assert len(read_folder(whole)) == len(frozen_vectors())
+
+
+def test_blocks_of_training_of_one_stream_belong_together():
+    params = refspan.initial_parameters(CONFIG, seed=0)
+    blocks = [np.zeros((rows, 3), np.int64) for rows in (2, 1)]
+    program = [Learn("a", CONFIG, params, tokens, tokens) for tokens in blocks]
+    said, tensors = to_json(program)
+    with pytest.raises(ValueError, match="operation 1: stream 'a' had another batch, layers, hidden_size or dtype"):
+        from_json(said, tensors)
+    said[1]["stream"] = "b"
+    assert len(from_json(said, tensors)) == 2
+
+
+def test_a_long_block_of_training_is_too_much():
+    tokens = np.zeros((1, 9999), np.int64)
+    said, tensors = to_json([Learn("a", CONFIG, refspan.initial_parameters(CONFIG, seed=0), tokens, tokens)])
+    with pytest.raises(ValueError, match="operation 0: is too much work"):
+        from_json(said, tensors)
+
+
+def test_a_folder_is_not_read_if_it_is_too_large(folder):
+    """60 files of 16 MiB, which take no room on the disk."""
+    tree = manifest(folder)
+    tree["cases"] = [{**tree["cases"][0], "id": f"{tree['cases'][0]['operation']}-{i:016x}"} for i in range(60)]
+    for entry in tree["cases"]:
+        (folder / entry["id"]).mkdir()
+        (folder / entry["id"] / "case.safetensors").touch()
+        os.truncate(folder / entry["id"] / "case.safetensors", 1 << 24)
+    (folder / "manifest.json").write_text(json.dumps(tree))
+    wanted = f"{folder}: its cases have more than {disk.LARGEST_FOLDER} bytes together"
+    for read in (read_folder, lambda path: list(lint_folder(path)), lambda path: write_folder(path, [])):
+        with pytest.raises(SetupError, match=wanted):
+            read(folder)
+
+
+def test_nor_checked(folder):
+    for i in range(5):
+        (first(folder) / str(i)).touch()
+        os.truncate(first(folder) / str(i), disk.LARGEST)
+    assert read_folder(folder)  # which does not look at them
+    with pytest.raises(SetupError, match="bytes together"):
+        list(lint_folder(folder))
 
 
 @pytest.mark.parametrize("name", UNSOUND)
@@ -489,6 +777,102 @@ def test_the_linter_finds(folder, name):
     ran = run_module("vectors", folder, "--lint")
     assert ran.returncode == 1
     assert message in ran.stdout
+    assert ran.stdout.replace("\n", "").isprintable()
+
+
+def outside(folder):
+    """A place that vectors have no business in, and what is there before and after."""
+    path = folder.parent / "outside"
+    path.mkdir()
+    (path / "precious.txt").write_text("mine")
+    return path
+
+
+def everything(path):
+    """What is below, to be compared: folders, links and contents of files."""
+    return {
+        p.relative_to(path).as_posix(): p.readlink() if p.is_symlink() else p.read_bytes() if p.is_file() else None
+        for p in path.rglob("*")
+    }
+
+
+def instead(which, target="precious.txt"):
+    """A link to a file or folder outside, or to nothing, in place of what is there."""
+
+    def plant(folder):
+        place = which(folder)
+        if place.is_dir():
+            shutil.rmtree(place)
+        else:
+            place.unlink()
+        place.symlink_to(outside(folder) / target)
+
+    return plant
+
+
+PLANTED = {
+    "file": instead(case_file),
+    "nothing": instead(case_file, "new.txt"),
+    "case": instead(first, ""),
+    "case that is nowhere": instead(first, "new"),
+    "data": instead(lambda folder: first(folder) / "test_data_set_0", ""),
+    "beside": lambda folder: (folder / "soft_mask-0123456789abcdef").symlink_to(outside(folder)),
+    "deep": lambda folder: (first(folder) / "test_data_set_0" / "more").symlink_to(outside(folder)),
+    "manifest": link(lambda folder: folder / "manifest.json"),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_nothing_is_written_through_links(folder, name):
+    """Nor anything else, in a folder that has one."""
+    PLANTED[name](folder)
+    before = everything(folder.parent)
+    others = [vector for vector in steps() if vector.inputs["span"].size > 1]
+    with pytest.raises(SetupError, match=r"is a link; (nothing is written into|expected a file of)") as caught:
+        write_folder(folder, others)
+    assert "\n" not in str(caught.value)
+    assert everything(folder.parent) == before
+
+
+def test_failures_are_not_saved_through_links(folder):
+    PLANTED["beside"](folder)
+    ran = check("--backend", EPSILON, "--check", "attention.weights", "--save-failures", folder)
+    assert (ran.returncode, ran.stdout) == (2, "")  # before the run
+    assert "is a link" in ran.stderr
+    assert len(ran.stderr.splitlines()) == 1
+
+
+def test_the_folder_itself_may_be_a_link(folder):
+    (folder.parent / "linked").symlink_to(folder)
+    write_folder(folder.parent / "linked", steps()[:1])
+    assert list(lint_folder(folder)) == []
+    assert list(lint_folder(folder.parent / "linked")) == []
+
+
+def test_hard_links_are_replaced(folder):
+    vectors = read_folder(folder)
+    places = [place for place in folder.rglob("*") if place.is_file()]
+    for i, place in enumerate(places):
+        os.link(place, folder.parent / str(i))
+        (folder.parent / str(i)).write_bytes(place.read_bytes() + b" ")  # both
+    write_folder(folder, vectors[:1])
+    others = {p for p in places if vectors[0].id not in p.parts and p.name != "manifest.json"}
+    for i, place in enumerate(places):
+        assert (folder.parent / str(i)).read_bytes().endswith(b" ")
+        assert place.samefile(folder.parent / str(i)) == (place in others)
+
+
+def test_a_manifest_that_cannot_be_written_again_is_refused_before(folder):
+    for more in ("NaN", "[1e999]"):
+        before = everything(folder)
+        content = (folder / "manifest.json").read_text()
+        (folder / "manifest.json").write_text(content.replace('"dtype"', f'"more": {more}, "dtype"', 1))
+        assert any("the manifest has 'more' of it" in fault for fault in lint_folder(folder))
+        spoilt = everything(folder)
+        with pytest.raises(SetupError, match="cannot be added to"):
+            write_folder(folder, steps()[:3])
+        assert everything(folder) == spoilt
+        (folder / "manifest.json").write_bytes(before["manifest.json"])
 
 
 def test_writing_into_what_is_not_ours(tmp_path):

@@ -1,7 +1,11 @@
 """Frozen cases on disk, for those who test without Python: `refspan vectors OUT`.
 
 vector    one case: what is asked, what is right, how far from it is still right, and why it is there
-folder    a folder of them: written, read with suspicion, checked (`refspan vectors --lint DIR`)
+folder    a folder of them: what is where, and writing it
+reading   reading one that somebody else may have made, with suspicion
+lint      what is wrong with one (`refspan vectors --lint DIR`)
+disk      its files, none of which is believed to be where, what or as large as it should
+work      how much a case may ask for
 replay    asking a backend (`refspan check --vectors DIR`)
 frozen    the cases that ship with the package
 """

@@ -22,11 +22,14 @@ import refspan
 from refspan.config import ModelConfig, check_parameters
 from refspan.conformance.programs import Learn, Open, Operation, Program, Reset, Restore, Save, Size, Step
 from refspan.conformance.protocol import Array
+from refspan.conformance.vectors.work import ProgramWork
 
 MOST = 1000
 """Operations of a program."""
 MOST_TOKENS = 10_000
 """That a program may ask with."""
+MOST_LAYERS = 100
+"""Of a model."""
 KINDS = {
     "open_model": Open,
     "step": Step,
@@ -78,6 +81,8 @@ def from_json(said: Any, tensors: Mapping[str, Array]) -> tuple[Operation, ...]:
     """
     if not isinstance(said, list) or not 0 < len(said) <= MOST:
         raise ValueError(f"expected a list of 1 to {MOST} operations")
+    if sum(x.size for name, x in tensors.items() if name.endswith(".tokens")) > MOST_TOKENS:
+        raise ValueError(f"it asks with more than {MOST_TOKENS} tokens")
     reader = _Reader(tensors)
     program = []
     for i, entry in enumerate(said):
@@ -86,8 +91,6 @@ def from_json(said: Any, tensors: Mapping[str, Array]) -> tuple[Operation, ...]:
         except (TypeError, ValueError, KeyError) as error:
             why = f"no {error}" if isinstance(error, KeyError) else str(error)
             raise ValueError(f"operation {i}: {why}") from None
-    if sum(o.tokens.size for o in program if isinstance(o, Step | Learn)) > MOST_TOKENS:
-        raise ValueError(f"it asks with more than {MOST_TOKENS} tokens")
     unused = sorted(set(tensors) - reader.used)
     if unused:
         raise ValueError(f"tensor {unused[0]!r} belongs to no operation")
@@ -100,11 +103,20 @@ class _Reader:
     def __init__(self, tensors: Mapping[str, Array]) -> None:
         self._tensors = tensors
         self.used: set[str] = set()
+        self._work = ProgramWork()
+        self._stored: dict[str, list[str]] = {}
+        """Number of an operation -> names of the parameters that are stored with it."""
+        for name in tensors:
+            place, _, rest = name.partition(".")
+            if rest.startswith("params."):
+                self._stored.setdefault(place, []).append(name)
         self._params: dict[int, dict[str, Array]] = {}
         """Operation that they are stored with -> parameters."""
         self._opened: dict[str, tuple[int, Open]] = {}
         self._kept: dict[str, int] = {}
         """State -> where the stream was opened that it was kept of."""
+        self._taught: dict[str, tuple[Any, ...]] = {}
+        """Stream of blocks of training -> what must not change from block to block, its memories being of it."""
 
     def operation(self, i: int, entry: Any) -> Operation:
         """Operation i."""
@@ -125,15 +137,18 @@ class _Reader:
             _check_tokens("tokens", tokens, opened.config)
             if len(tokens) != opened.batch:
                 raise ValueError(f"tokens have {len(tokens)} rows, the stream has {opened.batch}")
+            self._work.step(stream, tokens)
             return Step(stream, tokens)
         if name == "reset":
             row = entry["row"]
             if not isinstance(row, int) or not 0 <= row < opened.batch:
                 raise ValueError(f"`row` is {row!r}, expected 0 to {opened.batch - 1}")
+            self._work.copied(stream, kept=False)
             return Reset(stream, row)
         if name == "memory_size":
             return Size(stream)
         state = _word(entry, "state")
+        self._work.copied(stream, kept=name == "state")
         if name == "state":
             self._kept[state] = place
             return Save(stream, state)
@@ -152,7 +167,9 @@ class _Reader:
                 (self._tensor(f"{i}.memory.{layer}.hidden"), self._tensor(f"{i}.memory.{layer}.age"))
                 for layer in range(config.layers)
             ]
-        refspan.open_model(config, params, batch=batch, memory=memory)  # raises if something does not fit
+        self._work.open(stream, config, params, batch, memory)
+        with np.errstate(all="ignore"):  # numbers may overflow, and nothing else be wrong
+            refspan.open_model(config, params, batch=batch, memory=memory)  # raises if something does not fit
         return Open(stream, config, params, batch, memory)
 
     def _learn(self, i: int, entry: dict[str, Any], stream: str) -> Learn:
@@ -162,6 +179,10 @@ class _Reader:
         _check_tokens("targets", targets, config)
         if targets.shape != tokens.shape:
             raise ValueError(f"targets have the shape {targets.shape}, tokens {tokens.shape}")
+        same = (len(tokens), config.layers, config.hidden_size, str(params["embedding.weight"].dtype))
+        if self._taught.setdefault(stream, same) != same:
+            raise ValueError(f"stream {stream!r} had another batch, layers, hidden_size or dtype before")
+        self._work.learn(stream, config, params, tokens)
         weight, limit = entry["span_loss_weight"], entry["span_limit"]
         for number in (weight, 0.0 if limit is None else limit):
             if not isinstance(number, float) or not isfinite(number) or number < 0:
@@ -174,14 +195,14 @@ class _Reader:
             raise TypeError("`params` is no number of an operation, or `config` no object")
         config = ModelConfig.from_dict(settings)
         if place == i:
-            prefix = f"{i}.params."
-            names = [name for name in self._tensors if name.startswith(prefix)]
-            self._params[i] = {name.removeprefix(prefix): self._tensor(name) for name in names}
+            names = self._stored.get(str(i), [])
+            self._params[i] = {name.removeprefix(f"{i}.params."): self._tensor(name) for name in names}
         if place not in self._params:
             raise ValueError(f"`params` is {place}, which holds none")
         params = self._params[place]
-        if config.layers > len(params):  # or a wrong number would be believed for very long
-            raise ValueError(f"its config has {config.layers} layers, and there are {len(params)} parameters")
+        if config.layers > MOST_LAYERS:  # or a wrong number would be believed for very long
+            raise ValueError(f"its config has {config.layers} layers, expected at most {MOST_LAYERS}")
+        self._work.parameters(params)
         check_parameters(config, params)
         return config, params
 
@@ -192,7 +213,7 @@ class _Reader:
 
 def _word(entry: dict[str, Any], name: str) -> str:
     word = entry[name]
-    if not isinstance(word, str) or not 0 < len(word) <= 80:
+    if not isinstance(word, str) or not 0 < len(word) <= 80 or not word.isprintable():
         raise ValueError(f"`{name}` is {str(word)[:80]!r}, expected a name")
     return word
 

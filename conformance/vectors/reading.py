@@ -10,19 +10,23 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
 
+from refspan.arrays import check_attention, check_ramp, check_spans
 from refspan.clauses import CLAUSES
+from refspan.conformance.guard import one_line
 from refspan.conformance.programs import Learn
 from refspan.conformance.protocol import Array
+from refspan.conformance.vectors.disk import LARGEST, check_sizes, content_of
 from refspan.conformance.vectors.program_json import from_json, shapes_of_answers
 from refspan.conformance.vectors.program_vector import NEEDS, ProgramVector
 from refspan.conformance.vectors.vector import INPUTS, Vector
+from refspan.conformance.vectors.work import Work, attention_units, most_shared
 from refspan.errors import SetupError
 
 VERSION = 1
 """Of the layout."""
 MANIFEST = "manifest.json"
-LARGEST = 1 << 26
-"""Bytes of a file that is read."""
+LARGEST_JSON = {MANIFEST: LARGEST >> 2, "program.json": LARGEST >> 6}
+"""Bytes of what is read as JSON, which takes many times as many."""
 MOST = 100_000
 """Cases of a folder."""
 ID = re.compile(r"(soft_mask|span_attention|span_attention_backward|stream|training)-[0-9a-f]{16}")
@@ -46,40 +50,56 @@ def read_folder(path: Path) -> list[AnyVector]:
 
 
 def entries_of(path: Path) -> dict[str, dict[str, Any]]:
-    """The manifest's cases by id."""
-    where = path / MANIFEST
-    try:
-        tree = json.loads(content_of(path, MANIFEST))
-        version, cases = tree["refspan_vectors"], tree["cases"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise SetupError(f"{where}: is not a manifest of vectors, as `refspan vectors` writes it") from None
-    if version != VERSION:
-        raise SetupError(f"{where}: has version {str(version)[:20]}, this refspan reads version {VERSION}")
-    if not isinstance(cases, list) or len(cases) > MOST:
-        raise SetupError(f"{where}: `cases` is no list of at most {MOST} cases")
-    entries = {}
-    for entry in cases:
-        _check_entry(where, entry)
-        entries[entry["id"]] = entry
+    """The manifest's cases by id; raises SetupError, also if their files are too much to be read."""
+    entries = {entry["id"]: entry for entry in manifest_of(path)["cases"]}
+    check_sizes(path, [f"{id_}/{name}" for id_ in entries for name in ("case.safetensors", "program.json")])
     return entries
 
 
+def manifest_of(path: Path) -> dict[str, Any]:
+    """The manifest, as far as it must be right for the cases to be read; raises SetupError."""
+    where = path / MANIFEST
+    try:
+        tree: dict[str, Any] = json.loads(content_of(path, MANIFEST, LARGEST_JSON[MANIFEST]))
+        version, cases = tree["refspan_vectors"], tree["cases"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise SetupError(f"{where}: is not a manifest of vectors, as `refspan vectors` writes it") from None
+    if version != VERSION or isinstance(version, bool):
+        got = one_line(version)[:20]
+        raise SetupError(f"{where}: has version {got}, this refspan reads version {VERSION}")
+    if not isinstance(cases, list) or len(cases) > MOST:
+        raise SetupError(f"{where}: `cases` is no list of at most {MOST} cases")
+    for entry in cases:
+        _check_entry(where, entry)
+    return tree
+
+
+def is_text(text: Any) -> bool:
+    """Whether it is a string that can be shown, on one line: no control characters, no halves of a character."""
+    return isinstance(text, str) and text.isprintable()
+
+
+def is_count(number: Any) -> bool:
+    """Whether it is a whole number, which `true` is not."""
+    return isinstance(number, int) and not isinstance(number, bool)
+
+
 def _check_entry(where: Path, entry: Any) -> None:
-    """Raise unless an entry is as manifest.schema.json says."""
+    """Raise unless an entry is as manifest.schema.json says, as far as the case cannot be read without."""
     id_ = entry.get("id") if isinstance(entry, dict) else None
     if not isinstance(id_, str) or not ID.fullmatch(id_):
         raise SetupError(f"{where}: got id {str(id_)[:80]!r}, expected an operation, a dash and 16 hexadecimal digits")
 
     def words(name: str) -> bool:
-        return isinstance(entry.get(name), list) and all(isinstance(word, str) for word in entry[name])
+        return isinstance(entry.get(name), list) and all(map(is_text, entry[name]))
 
     files_, operation = entry.get("files"), id_.rpartition("-")[0]
     right = {
         "operation": entry.get("operation") == operation,
         "ramp": isinstance(entry.get("ramp"), float) and isfinite(entry["ramp"]) and entry["ramp"] > 0,
-        "queries": isinstance(entry.get("queries"), int) and 0 < entry["queries"] < 1 << 20,
-        "check": isinstance(entry.get("check"), str),
-        "purpose": isinstance(entry.get("purpose"), str),
+        "queries": is_count(entry.get("queries")) and 0 < entry["queries"] < 1 << 20,
+        "check": is_text(entry.get("check")),
+        "purpose": is_text(entry.get("purpose")),
         "clauses": words("clauses") and set(entry["clauses"]) <= set(CLAUSES),
         "notes": words("notes"),
         "kills": words("kills"),
@@ -113,18 +133,20 @@ def read_vector(path: Path, entry: dict[str, Any]) -> AnyVector:
         return _read_program(path, entry, parts)
     vector = Vector(inputs=parts["input"], expected=parts["expected"], bound=parts["bound"], **told(entry))
     _check_shapes(path / where, vector)
+    _check_question(path / where, vector)
     return vector
 
 
 def _read_program(path: Path, entry: dict[str, Any], parts: dict[str, dict[str, Array]]) -> ProgramVector:
     where = path / entry["id"]
     try:
-        said = json.loads(content_of(path, f"{entry['id']}/program.json"))
+        content = content_of(path, f"{entry['id']}/program.json", LARGEST_JSON["program.json"])
+        said = json.loads(content)
         program = from_json(said, parts["input"])
     except RecursionError:
         raise SetupError(f"{where / 'program.json'}: is no program") from None
     except (TypeError, ValueError) as error:
-        raise SetupError(f"{where}: {error}") from None
+        raise SetupError(f"{where}: {one_line(error)}") from None
     if any(isinstance(operation, Learn) != (entry["operation"] == "training") for operation in program):
         raise SetupError(f"{where}: its operations are not all those of {entry['operation']!r}")
     shapes = shapes_of_answers(program)
@@ -132,7 +154,9 @@ def _read_program(path: Path, entry: dict[str, Any], parts: dict[str, dict[str, 
         wrong = sorted(set(shapes) ^ set(part))
         wrong += [n for n in part if n in shapes and not (fits(part[n].shape, shapes[n]) and part[n].dtype == float)]
         if wrong:
-            raise SetupError(f"{where}: {wrong[0]!r} is missing, of another shape or dtype than the rest, or too much")
+            raise SetupError(
+                f"{where}: {wrong[0][:80]!r} is missing, of another shape or dtype than the rest, or too much"
+            )
     return ProgramVector(program=program, expected=parts["expected"], bound=parts["bound"], **told(entry))
 
 
@@ -148,7 +172,8 @@ def _check_shapes(where: Path, vector: Vector) -> None:
     x = vector.inputs
     needed = set(INPUTS[vector.operation])
     if not needed - {"position"} <= set(x) <= needed:
-        raise SetupError(f"{where}: has inputs {', '.join(sorted(x))}; expected {', '.join(INPUTS[vector.operation])}")
+        wanted = ", ".join(INPUTS[vector.operation])
+        raise SetupError(f"{where}: has inputs {one_line(', '.join(sorted(x)))}; expected {wanted}")
     if x["span"].ndim != 2 or x["age"].dtype != np.int64 or str(x["span"].dtype) not in ("float32", "float64"):
         raise SetupError(f"{where}: `span` or `age` is no [B, N], or of another dtype than float and int64")
     batch, memories = x["span"].shape
@@ -172,21 +197,21 @@ def _check_shapes(where: Path, vector: Vector) -> None:
         wrong += sorted(set(results) ^ set(part))
         wrong += [n for n in part if n in results and (part[n].shape != results[n] or part[n].dtype != np.float64)]
     if wrong:
-        raise SetupError(f"{where}: {wrong[0]!r} is missing, of another shape or dtype than the rest, or too much")
+        raise SetupError(f"{where}: {wrong[0][:80]!r} is missing, of another shape or dtype than the rest, or too much")
 
 
-def content_of(path: Path, name: str) -> bytes:
-    """A file of the folder: a regular one, no link on the way to it, and not too large."""
-    step = path
-    for part in name.split("/"):
-        step = step / part
-        if step.is_symlink():
-            raise SetupError(f"{step}: is a link; expected a file of the folder itself")
-    if not step.is_file():
-        raise SetupError(f"{step}: {'is not a regular file' if step.exists() else 'no such file'}")
-    if step.stat().st_size > LARGEST:
-        raise SetupError(f"{step}: has {step.stat().st_size} bytes, expected at most {LARGEST}")
+def _check_question(where: Path, vector: Vector) -> None:
+    """Raise unless the reference takes it, and it is not too much work."""
+    x = vector.inputs
     try:
-        return step.read_bytes()
-    except OSError as error:
-        raise SetupError(f"{step}: cannot be read: {error.strerror}") from None
+        check_ramp(vector.ramp)
+        if vector.operation == "soft_mask":
+            check_spans(np, x["span"], x["age"])
+            shape, positions, shared = (len(x["span"]), 1, vector.queries, 1), 0, 1
+        else:
+            check_attention(np, x["query"], x["key"], x["value"], x["span"], x["age"], x.get("position"))
+            shape, positions = x["query"].shape, len(x.get("position", ()))
+            shared = most_shared(x["age"]) if vector.operation == "span_attention_backward" else 1
+        Work().add(attention_units(shape, x["span"].shape[1], positions, shared))
+    except (TypeError, ValueError) as error:
+        raise SetupError(f"{where}: {one_line(error)}") from None

@@ -13,8 +13,9 @@ def command(folder: Path, *, lint: bool) -> int:
 
     Exit status: 0, 1 if --lint found something, 2 if FOLDER cannot be read or written.
     """
-    from refspan.conformance.vectors.folder import lint_folder, write_folder
+    from refspan.conformance.vectors.folder import write_folder
     from refspan.conformance.vectors.frozen import frozen_vectors
+    from refspan.conformance.vectors.lint import lint_folder
 
     if not lint:
         vectors = frozen_vectors()
