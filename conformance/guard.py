@@ -17,20 +17,57 @@ KEYWORDS = ("queries", "ramp", "position")
 """Arguments that the protocol passes by name. All others go by place: a backend may call them what it likes."""
 
 
+def one_line(text: Any, most: int = 300) -> str:
+    """Somebody else's words on one line of a terminal: no line breaks, no control characters, not too many."""
+    try:
+        words = str(text)
+    except Exception:  # noqa: BLE001 - even that is theirs
+        words = f"something of type {type(text).__name__}"
+    return "".join(c if c.isprintable() else "?" for c in " ".join(words[: 10 * most].split()))[:most]
+
+
+def shown(value: Any) -> str:
+    """A value of somebody else's, as Python writes it, on one line."""
+    try:
+        text = repr(value)
+    except Exception:  # noqa: BLE001 - a number of too many digits, say
+        text = f"something of type {type(value).__name__}"
+    return one_line(text)
+
+
+def whole_number(value: Any) -> int | None:
+    """`value` as a whole number from 0 to 2^63 - 1, if it is one."""
+    if isinstance(value, str | bytes):
+        return None
+    try:
+        number = int(value)
+        alike = bool(number == value)
+    except Exception:  # noqa: BLE001 - whatever it is, it is no number
+        return None
+    return number if alike and 0 <= number < 1 << 63 else None
+
+
 class Misbehaviour(Exception):
     """What a backend did wrong, in one line."""
 
     row = 0
     """Of the batch, in which it is wrong, if that is known."""
 
+    def __init__(self, text: object) -> None:
+        super().__init__(one_line(text, 2000))
+
+
+class Hung(Misbehaviour):
+    """The backend did not answer in time, or died. It is started anew; asking the same again would cost as much."""
+
 
 class NotOffered(Exception):
     """The backend lacks this operation."""
 
 
-def one_line(text: Any) -> str:
-    """Somebody else's words on one line of a terminal: no line breaks, no control characters, not too many."""
-    return "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))[:300]
+def not_foreseen(error: Exception) -> Misbehaviour:
+    """What `error` says: it came up when an answer was looked at, so the answer is one that nobody thought of."""
+    return Misbehaviour(f"the answer cannot be understood: {type(error).__name__}: {one_line(error)}")
 
 
 class Shapes(dict[str, tuple[tuple[int, ...], str]]):
@@ -63,7 +100,9 @@ def guarded_call(
             raise
         except MemoryError:
             raise Misbehaviour(f"{operation} ran out of memory") from None
-        except BaseException as error:  # noqa: BLE001 - whatever it is, the backend did it
+        except BaseException as error:
+            if not_its_own(backend, error):
+                raise
             text = one_line(error)
             hint = " (arguments are handed over read-only)" if "read-only" in text else ""
             raise Misbehaviour(f"{operation} raised {type(error).__name__}: {text}{hint}") from None
@@ -72,6 +111,11 @@ def guarded_call(
             if isinstance(value, np.ndarray) and handed[name].tobytes() != value.tobytes():
                 raise Misbehaviour(f"{operation} changed its argument {name!r}")
     return results
+
+
+def not_its_own(backend: Any, error: BaseException) -> bool:
+    """An end that was asked of this process (Ctrl-C), where the backend is only spoken to from here."""
+    return not isinstance(error, Exception) and getattr(backend, "elsewhere", False) is True
 
 
 def calls_at_once(
@@ -112,7 +156,7 @@ def _checked(operation: str, result: Any, expected: Shapes, handed: Mapping[str,
     if not isinstance(result, Mapping):
         raise Misbehaviour(f"{operation} returned {type(result).__name__}, expected a dict of {', '.join(expected)}")
     missing = [name for name in expected if result.get(name) is None]
-    extra = [str(name) for name in result if name not in expected and result[name] is not None]
+    extra = [one_line(name) for name in result if name not in expected and result[name] is not None]
     if missing or extra:
         wrong = "misses " + ", ".join(missing) if missing else "has an unexpected " + ", ".join(extra)
         raise Misbehaviour(f"{operation} returned a dict that {wrong}")

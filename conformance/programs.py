@@ -6,12 +6,13 @@ run as a whole: what matters about a stream is what it remembers from one call t
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from refspan.config import ModelConfig, parameter_shapes
-from refspan.conformance.guard import Misbehaviour, NotOffered, check_array, one_line
+from refspan.conformance.guard import Misbehaviour, NotOffered, check_array, not_its_own, one_line, shown, whole_number
 from refspan.conformance.protocol import Array
 
 
@@ -182,22 +183,34 @@ class _Runner:
             self._returned.append((str(operation), got, checked))
             return checked
         if isinstance(operation, Reset):
-            return self._call(str(operation), stream, "reset", operation.row)
+            self._call(str(operation), stream, "reset", operation.row)
+            return None
         if isinstance(operation, Save):
             self._states[operation.name] = self._call(str(operation), stream, "state")
             return None
         if isinstance(operation, Restore):
-            return self._call(str(operation), stream, "restore", self._states[operation.name])
+            self._call(str(operation), stream, "restore", self._states[operation.name])
+            return None
         if isinstance(operation, Projected):
-            return int(self._call(str(operation), stream, "rows_projected"))
-        sizes = self._call(str(operation), stream, "memory_size")
+            said = self._call(str(operation), stream, "rows_projected")
+            if (rows := whole_number(said)) is None:
+                raise Misbehaviour(f"{operation} returned {shown(said)}, expected a whole number >= 0")
+            return rows
+        return self._sizes(str(operation), stream, opened.config.layers)
+
+    def _sizes(self, what: str, stream: Any, layers: int) -> list[int]:
+        said = self._call(what, stream, "memory_size")
         try:
-            numbers = [int(size) for size in sizes]
-        except (TypeError, ValueError):
-            raise Misbehaviour(f"{operation} returned {one_line(repr(sizes))}, expected a number per layer") from None
-        if len(numbers) != opened.config.layers:
-            raise Misbehaviour(f"{operation} returned {len(numbers)} numbers, expected one for each layer")
-        return numbers
+            numbers = [whole_number(size) for size in islice(said, layers + 1)]
+        except Exception:  # noqa: BLE001 - it is nothing that has elements
+            numbers = [None]
+        sizes = [number for number in numbers if number is not None]
+        if len(sizes) < len(numbers):
+            raise Misbehaviour(f"{what} returned {shown(said)}, expected a whole number >= 0 for each layer")
+        if len(sizes) != layers:
+            many = len(sizes) if len(sizes) < layers else f"more than {layers}"
+            raise Misbehaviour(f"{what} returned {many} numbers, expected one for each layer")
+        return sizes
 
     def _open(self, operation: Open) -> None:
         params = {n: self._hand_over(f"parameter {n}", x) for n, x in operation.params.items()}
@@ -230,21 +243,31 @@ class _Runner:
         try:
             (task, span), grads, self._states[operation.stream] = answer
             losses = float(task), float(span)
-        except (TypeError, ValueError):
+        except Exception:  # noqa: BLE001 - whatever it is, it is not three such things
             raise Misbehaviour(
                 f"loss_and_gradients returned {type(answer).__name__}, expected ((task, span), gradients, memory)"
             ) from None
         if not isinstance(grads, Mapping):
             raise Misbehaviour(f"loss_and_gradients returned {type(grads).__name__} for gradients, expected a mapping")
         checked = {
-            name: check_array(f"gradient of {name}", grads.get(name), array.shape, str(array.dtype), params)
+            name: check_array(
+                f"loss_and_gradients returned for {name!r}", grads.get(name), array.shape, str(array.dtype), params
+            )
             for name, array in operation.params.items()
         }
         return *losses, checked
 
     def _like(self, what: str, said: Mapping[str, Any], name: str, shape: tuple[int | str, ...]) -> Array:
         """An array that was returned under a name, if it has a shape like this."""
-        array = np.asarray(said.get(name))
+        if said.get(name) is None:
+            raise Misbehaviour(f"{what}: it is missing")
+        try:
+            array = np.asarray(said[name])
+            numbers = array.dtype.kind in "fiu"
+        except Exception:  # noqa: BLE001 - whatever it is, it is no array
+            numbers = False
+        if not numbers:
+            raise Misbehaviour(f"{what}: got {shown(said[name])}, expected an array of numbers")
         if array.ndim != len(shape) or any(w not in ("P", s) for w, s in zip(shape, array.shape, strict=True)):
             raise Misbehaviour(f"{what}: got shape {array.shape}, expected an array of shape {shape}")
         return np.array(array)
@@ -266,5 +289,7 @@ class _Runner:
             raise
         except MemoryError:
             raise Misbehaviour(f"{what} ran out of memory") from None
-        except BaseException as error:  # noqa: BLE001 - whatever it is, the backend did it
+        except BaseException as error:
+            if not_its_own(self._backend, error):
+                raise
             raise Misbehaviour(f"{what} raised {type(error).__name__}: {one_line(error)}") from None

@@ -1,5 +1,6 @@
 """What a check is, and the list of them all."""
 
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from refspan.conformance.protocol import Array
 from refspan.conformance.sessions import Session
 from refspan.conformance.tolerance import Expected
 
+LARGEST_GRANULARITY = 4096
+"""More would be no block of memories, but leave to keep them all."""
 LEVELS = ("mask", "attention", "gradient", "memory", "model", "training", "golden")
 
 
@@ -124,7 +127,10 @@ class Probe:
     @property
     def memory_granularity(self) -> int:
         """Memories are held in multiples of this, by the backend's own account (`facts()["memory_granularity"]`)."""
-        return max(1, int(self._session.facts.get("memory_granularity", "1")))
+        said = self._session.facts.get("memory_granularity", "1")
+        if not (re.fullmatch("[0-9]{1,9}", said) and 1 <= int(said) <= LARGEST_GRANULARITY):
+            raise Misbehaviour(f"memory_granularity is {said}, expected a whole number from 1 to {LARGEST_GRANULARITY}")
+        return int(said)
 
     def compare(self, what: str, got: Array, expected: Expected) -> None:
         """Fail unless `got` is within the bound everywhere that the bound decides anything, and nowhere NaN.

@@ -1,25 +1,19 @@
 """Where a backend runs: in a process of its own, so that a hang, a crash or an exit takes nothing else down."""
 
-import multiprocessing
-import os
 import queue
-import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
-from refspan.conformance.guard import Misbehaviour, NotOffered, Shapes, calls_at_once, guarded_call, one_line
+from refspan.conformance.external.child import Child
+from refspan.conformance.external.worker import command, packed, unpacked
+from refspan.conformance.facts import dtypes_of, facts_of
+from refspan.conformance.guard import Hung as Hung
+from refspan.conformance.guard import Shapes, calls_at_once, guarded_call
 from refspan.conformance.programs import Program, run_program
+from refspan.conformance.replies import Question, Reply, answers_in, reply_of
 from refspan.errors import SetupError
-
-Question = Callable[[Any], list[Any]]
-"""What a backend is asked: a picklable function of it."""
-
-
-class Hung(Misbehaviour):
-    """The backend did not answer in time, or died. It is started anew; asking the same again would cost as much."""
 
 
 class Session(Protocol):
@@ -41,21 +35,6 @@ class Session(Protocol):
 
     def close(self) -> None:
         """Free what the backend holds."""
-
-
-def facts_of(backend: Any) -> dict[str, str]:
-    """What a backend says about itself: its name, and the pairs that an optional `facts()` returns."""
-    facts = {"backend": str(getattr(backend, "name", type(backend).__name__))}
-    describe = getattr(backend, "facts", None)
-    if callable(describe):
-        facts.update({one_line(name): one_line(value) for name, value in dict(describe() or {}).items()})
-    return facts
-
-
-def dtypes_of(backend: Any) -> tuple[str, ...]:
-    """The optional attribute `dtypes` of a backend."""
-    dtypes = getattr(backend, "dtypes", ())
-    return (dtypes,) if isinstance(dtypes, str) else tuple(str(dtype) for dtype in dtypes)
 
 
 class InProcess:
@@ -84,11 +63,11 @@ class InProcess:
     def _ask(self, operation: str, question: Question) -> list[Any]:
         self._asked.put(question)
         try:
-            kind, answer = self._answered.get(timeout=self._timeout)
+            reply: Reply = self._answered.get(timeout=self._timeout)
         except queue.Empty:
             self._start()
             raise Hung(f"{operation} did not return within {self._timeout:g} s") from None
-        return _unpack(kind, answer)
+        return answers_in(reply)
 
     def run_program(self, program: Program) -> list[Any]:
         """As `Session.run_program`."""
@@ -105,26 +84,28 @@ class Worker:
     START_SECONDS = 120.0
 
     def __init__(self, load: Callable[[], Any], *, timeout: float) -> None:
-        """`load` must be picklable; it is called in the other process."""
+        """`load` must be picklable, and importable elsewhere; it is called in the other process."""
         self._load, self._timeout = load, timeout
         self._gone = ""
         """Why there is no process any more, if so."""
         self._start()
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        # no daemon: a daemon may not have processes of its own, and a backend may want some
-        self._process = context.Process(target=_work, args=(theirs, self._load))
-        self._process.start()
-        theirs.close()
-        kind, answer = self._answer("loading the backend", self.START_SECONDS)
+        self._child = Child(command(), who="the backend's process", hear_stderr=False)
+        self._asked = 0
+        try:
+            kind, said = self._exchange("loading the backend", self._load, self.START_SECONDS)
+        except BaseException as error:  # Ctrl-C is one
+            self._child.close(seconds=0)
+            if isinstance(error, Hung):
+                raise SetupError(str(error)) from None
+            raise
         if kind != "ready":
             self.close()
-            raise SetupError(answer)
+            raise SetupError(said)
         self.facts: Mapping[str, str]
         self.dtypes: Sequence[str]
-        self.facts, self.dtypes = answer
+        self.facts, self.dtypes = said
 
     def call(self, operation: str, calls: Sequence[Mapping[str, Any]], shapes: Sequence[Shapes]) -> list[Any]:
         """As `Session.call`."""
@@ -134,91 +115,46 @@ class Worker:
         """As `Session.call_at_once`."""
         return self._ask(operation, partial(calls_at_once, operation=operation, calls=calls, shapes=shapes))
 
-    def _ask(self, operation: str, question: Question) -> list[Any]:
-        if self._gone:
-            raise Hung(self._gone)
-        try:
-            self._pipe.send(question)
-            kind, answer = self._answer(operation, self._timeout)
-        except OSError:
-            kind, answer = "hung", f"the backend's process ended before {operation} could be asked"
-        if kind == "hung":
-            self.close()
-            self._restart()
-        return _unpack(kind, answer)
-
     def run_program(self, program: Program) -> list[Any]:
         """As `Session.run_program`."""
         return self._ask("the program", partial(run_program, program=program))
 
-    def _restart(self) -> None:
-        """Start anew for the next call. If that fails, every later call is told so."""
-        try:
-            self._start()
-        except SetupError as error:
-            self._gone = f"the backend's process ended and could not be started again: {error}"
-
-    def _answer(self, what: str, seconds: float) -> tuple[str, Any]:
-        try:
-            if not self._pipe.poll(seconds):
-                return "hung", f"{what} did not return within {seconds:g} s"
-            answer = self._pipe.recv()
-        except (EOFError, ConnectionResetError):
-            self._process.join(5)
-            code = self._process.exitcode
-            how = f"by signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"with status {code}"
-            return "hung", f"the backend's process ended {how} during {what}"
-        assert isinstance(answer, tuple)  # noqa: S101
-        return answer
-
     def close(self) -> None:
-        """End the process."""
-        self._pipe.close()
-        self._process.terminate()
-        self._process.join(2)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
+        """End the process, and all that it started."""
+        self._child.close()
 
-
-def _unpack(kind: str, answer: Any) -> list[Any]:
-    if kind == "not offered":
-        raise NotOffered(answer)
-    if kind == "hung":
-        raise Hung(answer)
-    if kind == "wrong":
-        raise Misbehaviour(answer)
-    assert isinstance(answer, list)  # noqa: S101
-    return answer
-
-
-def _serve(backend: Any, ask: Callable[[], Any], answer: Callable[[Any], None]) -> None:
-    """Answer calls until None is asked."""
-    while (question := ask()) is not None:
+    def _ask(self, operation: str, question: Question) -> list[Any]:
+        if self._gone:
+            raise Hung(self._gone)
         try:
-            reply: tuple[str, Any] = ("result", question(backend))
-        except NotOffered as error:
-            reply = ("not offered", str(error))
-        except Misbehaviour as error:
-            reply = ("wrong", str(error))
-        answer(reply)
+            reply = self._exchange(operation, question, self._timeout)
+        except Hung:
+            self._child.close(seconds=0)
+            try:
+                self._start()
+            except SetupError as error:
+                self._gone = f"the backend's process ended and could not be started again: {error}"
+            raise
+        return answers_in(reply)
+
+    def _exchange(self, what: str, content: Any, seconds: float) -> Reply:
+        """Send something, and wait for the reply to it; raises Hung."""
+        self._asked += 1
+        self._child.begin(what, seconds)
+        self._child.write(packed((self._asked, content)))
+        while True:
+            try:
+                number, *reply = unpacked(self._child.read)
+                kind, said = reply
+            except Hung:
+                raise
+            except Exception as error:  # noqa: BLE001 - something else was written where replies are
+                raise Hung(f"{what}: the backend's process sent no reply: {type(error).__name__}") from None
+            if number == self._asked:  # or else an earlier question is answered once more
+                return kind, said
 
 
-def _work(pipe: Connection, load: Callable[[], Any]) -> None:
-    """The other process: load the backend, say what it is, answer calls until the pipe closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the checker, which then ends this process
-    os.dup2(2, 1)  # what the backend prints must not mix with the report
-    try:
-        backend = load()
-        said = facts_of(backend), dtypes_of(backend)
-    except SetupError as error:
-        pipe.send(("setup", str(error)))
-        return
-    except BaseException as error:  # noqa: BLE001 - whatever it is, the backend did it
-        pipe.send(("setup", f"the backend could not be loaded: {type(error).__name__}: {one_line(error)}"))
-        return
-    pipe.send(("ready", said))
-    try:
-        _serve(backend, pipe.recv, pipe.send)
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        return
+def _serve(backend: Any, ask: Callable[[], Any], answer: Callable[[Reply], None]) -> None:
+    """Answer questions until None is asked."""
+    while (question := ask()) is not None:
+        answer(reply_of(backend, question))

@@ -2,7 +2,10 @@
 
 import ctypes
 import os
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 from refspan.conformance.mutants.dense import Dense
 
@@ -108,3 +111,57 @@ class UnlistedLayout(Dense):
     def soft_mask(self, span, age, *, queries, ramp):
         mask = super().soft_mask(span, age, queries=queries, ramp=ramp)
         return mask * (age.max(initial=0) <= 1000)
+
+
+def note():
+    """Say in a file who we are: whoever waits for it knows that it has come to this."""
+    mark = Path(os.environ["REFSPAN_TEST_MARK"])
+    mark.with_suffix(".new").write_text(str(os.getpid()))
+    mark.with_suffix(".new").rename(mark)
+
+
+class Spins(Dense):
+    """Never comes back, and hears nothing."""
+
+    def soft_mask(self, span, age, *, queries, ramp):
+        note()
+        while True:
+            pass
+
+
+class LoadsForEver(Dense):
+    """Is never there."""
+
+    def __init__(self):
+        note()
+        time.sleep(100)
+
+
+class LeavesProcesses(Dense):
+    """Starts one that holds on to our output, one in a group of its own and one that nobody knows; they would stay."""
+
+    def soft_mask(self, span, age, *, queries, ramp):
+        self.leave()
+        return super().soft_mask(span, age, queries=queries, ramp=ramp)
+
+    def leave(self):
+        words = ["sleep", os.environ["REFSPAN_TEST_SLEEP"]]
+        for options in ({}, {"start_new_session": True}):
+            subprocess.Popen(words, **options)
+        if os.fork() == 0:
+            os.setsid()
+            if os.fork() == 0:
+                os.execvp(words[0], words)  # noqa: S606
+            os._exit(0)
+
+
+class LeavesProcessesAndHangs(LeavesProcesses):
+    def soft_mask(self, span, age, *, queries, ramp):
+        self.leave()
+        time.sleep(100)
+
+
+class LeavesProcessesAndDies(LeavesProcesses):
+    def soft_mask(self, span, age, *, queries, ramp):
+        self.leave()
+        os._exit(3)

@@ -1,1 +1,1 @@
-"""Backends in any language: a command that is spoken to over its stdin and stdout, see docs/protocol.md."""
+"""Backends in processes of their own: Python ones, and commands in any language, see docs/protocol.md."""

@@ -1,20 +1,30 @@
 """A command as a backend, and a session that starts it anew when it has died."""
 
-import weakref
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from refspan.config import ModelConfig
+from refspan.config import ModelConfig, parameter_shapes
 from refspan.conformance.external.child import Child
+from refspan.conformance.external.stream import Kept, Stream
 from refspan.conformance.external.wire import VERSION, answer, message
-from refspan.conformance.guard import Misbehaviour, NotOffered, Shapes, guarded_call, one_line
+from refspan.conformance.facts import plain_dtypes, plain_facts
+from refspan.conformance.guard import (
+    Hung,
+    Misbehaviour,
+    NotOffered,
+    Shapes,
+    guarded_call,
+    not_foreseen,
+    one_line,
+    shown,
+)
 from refspan.conformance.programs import Program, run_program
 from refspan.conformance.protocol import OPERATIONS, Array
-from refspan.conformance.sessions import Hung
 from refspan.errors import SetupError
 
 START_SECONDS = 120.0
@@ -32,6 +42,8 @@ class CommandBackend:
     """
 
     thread_safe = False
+    elsewhere = True
+    """Nothing of it runs in this process."""
 
     def __init__(self, command: str, timeout: float) -> None:
         self._timeout = timeout
@@ -39,53 +51,54 @@ class CommandBackend:
         """Names of streams and states that nobody will ask for again."""
         self._made = 0
         self._asked = 0
-        self._child = Child(command)
+        self._child = Child(_words(command))
         try:
             self._child.begin("start", START_SECONDS)
             self._child.write(message({"cmd": "start", "version": VERSION}, {}))
             said, _ = answer(self._child)
             self._understand(said)
-        except Hung as error:
+        except (Hung, SetupError) as error:
             self.close()
-            raise SetupError(f"exec:{command}: {error}") from None
-        except SetupError as error:
+            raise SetupError(f"exec:{one_line(command)}: {error}") from None
+        except BaseException:  # Ctrl-C
             self.close()
-            raise SetupError(f"exec:{command}: {error}") from None
+            raise
 
     def _understand(self, said: Mapping[str, Any]) -> None:
         if said.get("version") != VERSION:
-            got = one_line(repr(said.get("version")))
+            got = shown(said.get("version"))
             raise SetupError(f"its answer to `start` has version {got}; this refspan speaks version {VERSION}")
         offered = said.get("operations")
         if not isinstance(offered, list) or not set(map(str, offered)) & set(OPERATIONS):
-            raise SetupError(f"it offers {one_line(repr(offered))}; expected a list of some of {', '.join(OPERATIONS)}")
+            raise SetupError(f"it offers {shown(offered)}; expected a list of some of {', '.join(OPERATIONS)}")
         self.name = one_line(said.get("name", "command"))
         facts, dtypes = said.get("facts", {}), said.get("dtypes", [])
-        self._facts = facts if isinstance(facts, dict) else {}
-        self.dtypes = tuple(map(str, dtypes)) if isinstance(dtypes, list) else ()
+        self._facts = plain_facts(facts if isinstance(facts, dict) else {})
+        self.dtypes = plain_dtypes(dtypes if isinstance(dtypes, list) else [])
         for operation in OPERATIONS:
             if operation not in offered:
                 setattr(self, operation, None)
 
     def facts(self) -> dict[str, str]:
         """What the command says about itself."""
-        return {str(name): str(value) for name, value in self._facts.items()}
+        return self._facts
 
     def soft_mask(self, span: Array, age: Array, *, queries: int, ramp: float) -> Any:
         """As in the protocol."""
         asked = {"operation": "soft_mask", "queries": queries, "ramp": ramp}
-        return self.ask(asked, {"span": span, "age": age})[1].get("mask")
+        return self.ask(asked, {"span": span, "age": age}, ["mask"])[1].get("mask")
 
     def span_attention(self, *arrays: Array, ramp: float, position: Array | None = None) -> Any:
         """As in the protocol."""
-        return self.ask(*_step("span_attention", arrays, ramp, position))[1].get("output")
+        return self.ask(*_step("span_attention", arrays, ramp, position), ["output"])[1].get("output")
 
     def span_attention_backward(
         self, grad_out: Array, *arrays: Array, ramp: float, position: Array | None = None
     ) -> dict[str, Array]:
         """As in the protocol."""
         header, tensors = _step("span_attention_backward", arrays, ramp, position)
-        return self.ask(header, {"grad_out": grad_out, **tensors})[1]
+        names = [name for name in tensors if name != "age"]
+        return self.ask(header, {"grad_out": grad_out, **tensors}, names)[1]
 
     def open_model(
         self,
@@ -94,9 +107,9 @@ class CommandBackend:
         *,
         batch: int,
         memory: Sequence[tuple[Array, Array]] | None = None,
-    ) -> "_Stream":
+    ) -> Stream:
         """As in the protocol."""
-        stream = _Stream(self, self.new_name("stream"))
+        stream = Stream(self, self.new_name("stream"))
         tensors = {f"params.{name}": array for name, array in params.items()}
         for i, (hidden, age) in enumerate(memory or ()):
             tensors |= {f"memory.{i}.hidden": hidden, f"memory.{i}.age": age}
@@ -110,27 +123,30 @@ class CommandBackend:
         params: Mapping[str, Array],
         tokens: Array,
         targets: Array,
-        memory: "_Kept | None",
+        memory: Kept | None,
         *,
         span_loss_weight: float = 0.0,
         span_limit: float | None = None,
-    ) -> tuple[Any, dict[str, Array], "_Kept"]:
+    ) -> tuple[Any, dict[str, Array], Kept]:
         """As in the protocol."""
-        kept = _Kept(self, self.new_name("memory"))
+        kept = Kept(self, self.new_name("memory"))
         asked = {"operation": "loss_and_gradients", "config": asdict(config), "span_loss_weight": span_loss_weight}
         asked |= {"span_limit": span_limit, "memory": memory and memory.name, "keep": kept.name}
         tensors = {"tokens": tokens, "targets": targets} | {f"params.{name}": x for name, x in params.items()}
-        _, got = self.ask(asked, tensors)
+        _, got = self.ask(asked, tensors, ["losses", *(f"grads.{name}" for name in params)])
         grads = {n.removeprefix("grads."): x for n, x in got.items() if n.startswith("grads.")}
         return got.get("losses"), grads, kept
 
     def initial_parameters(self, config: ModelConfig, seed: int) -> dict[str, Array]:
         """As in the protocol."""
-        _, got = self.ask({"operation": "initial_parameters", "config": asdict(config), "seed": seed}, {})
+        names = [f"params.{name}" for name in parameter_shapes(config)]
+        _, got = self.ask({"operation": "initial_parameters", "config": asdict(config), "seed": seed}, {}, names)
         return {name.removeprefix("params."): array for name, array in got.items()}
 
-    def ask(self, header: Mapping[str, Any], tensors: Mapping[str, Array]) -> tuple[dict[str, Any], dict[str, Array]]:
-        """A request and its answer.
+    def ask(
+        self, header: Mapping[str, Any], tensors: Mapping[str, Array], expected: Iterable[str] = ()
+    ) -> tuple[dict[str, Any], dict[str, Array]]:
+        """A request and its answer, with tensors under some of the names that are expected.
 
         Raises:
             Misbehaviour: the command says that it failed.
@@ -143,9 +159,14 @@ class CommandBackend:
         asked = {"cmd": "run", "seq": self._asked, **header, "forget": forget}
         self._child.begin(operation, self._timeout)
         self._child.write(message(asked, tensors))
-        said, got = answer(self._child)
+        try:
+            said, got = answer(self._child, expected)
+        except Hung:
+            raise
+        except Exception as error:
+            raise Hung(f"{operation}: {not_foreseen(error)}") from error
         if said.get("seq") != self._asked:
-            raise Hung(f"{operation}: the answer has seq {one_line(repr(said.get('seq')))}, expected {self._asked}")
+            raise Hung(f"{operation}: the answer has seq {shown(said.get('seq'))}, expected {self._asked}")
         if said.get("not_offered"):
             raise NotOffered(operation)
         if "error" in said:
@@ -166,56 +187,23 @@ class CommandBackend:
         self._child.close(last_words=message({"cmd": "stop"}, {}))
 
 
+def _words(command: str) -> list[str]:
+    """The command and its arguments."""
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise SetupError(f"exec:{one_line(command)}: {error}") from None
+    if not words:
+        raise SetupError("exec: expected a command, as in exec:./my-backend")
+    return words
+
+
 def _step(
     operation: str, arrays: Sequence[Array], ramp: float, position: Array | None
 ) -> tuple[dict[str, Any], dict[str, Array]]:
     """Header and tensors of an attention step."""
     tensors = dict(zip(("query", "key", "value", "span", "age"), arrays, strict=True))
     return {"operation": operation, "ramp": ramp}, tensors | ({} if position is None else {"position": position})
-
-
-class _Kept:
-    """Something that the command keeps under a name; it is told when we do not need it any more."""
-
-    def __init__(self, backend: CommandBackend, name: str) -> None:
-        self.name = name
-        self._backend = backend
-        weakref.finalize(self, backend.forget, name)
-
-
-class _Stream(_Kept):
-    """A stream that the command keeps."""
-
-    def step(self, tokens: Array) -> Any:
-        """As in the protocol."""
-        return self._ask("step", {"tokens": tokens})[1].get("log_probs")
-
-    def reset(self, row: int) -> None:
-        """As in the protocol."""
-        self._ask("reset", row=row)
-
-    def memory_size(self) -> Any:
-        """As in the protocol."""
-        return self._ask("memory_size")[0].get("value")
-
-    def rows_projected(self) -> Any:
-        """As in the protocol."""
-        return self._ask("rows_projected")[0].get("value")
-
-    def state(self) -> _Kept:
-        """As in the protocol."""
-        kept = _Kept(self._backend, self._backend.new_name("state"))
-        self._ask("state", state=kept.name)
-        return kept
-
-    def restore(self, state: _Kept) -> None:
-        """As in the protocol."""
-        self._ask("restore", state=state.name)
-
-    def _ask(
-        self, operation: str, tensors: Mapping[str, Array] | None = None, **options: Any
-    ) -> tuple[dict[str, Any], dict[str, Array]]:
-        return self._backend.ask({"operation": operation, "stream": self.name, **options}, tensors or {})
 
 
 class CommandSession:
@@ -225,8 +213,8 @@ class CommandSession:
         self._start = partial(CommandBackend, command, timeout)
         self._gone = ""
         self._backend = self._start()
-        said = {one_line(name): one_line(value) for name, value in self._backend.facts().items()}
-        self.facts: Mapping[str, str] = {"backend": self._backend.name, "command": one_line(command), **said}
+        about = {"backend": self._backend.name, "command": one_line(command)}
+        self.facts: Mapping[str, str] = {**about, **self._backend.facts()}
         self.dtypes: Sequence[str] = self._backend.dtypes
 
     def call(self, operation: str, calls: Sequence[Mapping[str, Any]], shapes: Sequence[Shapes]) -> list[Any]:
@@ -258,4 +246,8 @@ class CommandSession:
             except SetupError as error:
                 self._gone = f"the command could not be started again: {error}"
             raise
+        except (Misbehaviour, NotOffered):
+            raise
+        except Exception as error:
+            raise not_foreseen(error) from error
         return answers

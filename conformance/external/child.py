@@ -2,56 +2,69 @@
 
 import os
 import select
-import shlex
 import signal
+import socket
 import subprocess
+import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
+from fcntl import F_DUPFD_CLOEXEC, fcntl
+from pathlib import Path
 
-from refspan.conformance.guard import one_line
-from refspan.conformance.sessions import Hung
+from refspan.conformance.guard import Hung, one_line
 from refspan.errors import SetupError
 
+WARDEN = str(Path(__file__).with_name("warden.py"))
 CHUNK = 1 << 16
 LAST_WORDS = 250
 """Bytes of the end of stderr that are kept and shown."""
 LONGEST_LINE = 1 << 20
 """Bytes of a header."""
+KILL_SECONDS = 10.0
+"""For the warden to do its work."""
 
 
 class Child:
     """A running command, with everything that it starts.
 
     What it writes is read only when something is expected from it, and its stderr whenever anything is; so one that
-    talks without end fills its own pipe, not our memory.
+    talks without end fills its own pipe, not our memory. It is not our child but that of a warden, which ends with it,
+    ends it together with all that it started, and does so too when this process is gone without a word.
+
+    Args:
+        words: the command and its arguments.
+        who: what messages call it.
+        hear_stderr: keep the end of its stderr for messages. It is our own stderr otherwise.
     """
 
-    def __init__(self, command: str) -> None:
-        """Raises SetupError if the command cannot be started."""
-        try:
-            words = shlex.split(command)
-        except ValueError as error:
-            raise SetupError(f"exec:{command}: {error}") from None
-        if not words:
-            raise SetupError("exec: expected a command, as in exec:./my-backend")
-        try:
-            self._process = subprocess.Popen(  # noqa: S603 - running it is what was asked for
-                words,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                bufsize=0,
-                start_new_session=True,  # it can then be ended with all that it started, and Ctrl-C is for us alone
-            )
-        except OSError as error:
-            raise SetupError(f"exec:{command}: cannot be started: {error.strerror or error}") from None
+    def __init__(self, words: Sequence[str], *, who: str = "the command", hear_stderr: bool = True) -> None:
+        """Raises SetupError if there cannot be any process."""
+        self._who = who
+        self._line, other = socket.socketpair()
+        with other, socket.socket(fileno=fcntl(other.fileno(), F_DUPFD_CLOEXEC, 3)) as theirs:  # no number of a stream
+            about = (str(theirs.fileno()), str(os.getpid()))
+            try:
+                self._process = subprocess.Popen(  # noqa: S603 - running it is what was asked for
+                    [sys.executable, "-I", "-S", WARDEN, *about, *words],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE if hear_stderr else _own_stderr(),
+                    bufsize=0,
+                    pass_fds=[theirs.fileno()],
+                    start_new_session=True,  # Ctrl-C is for us alone
+                )
+            except OSError as error:
+                self._line.close()
+                raise SetupError(f"{who} cannot be started: {error.strerror or error}") from None
+        self._line.setblocking(False)
         assert self._process.stdin is not None  # noqa: S101
         assert self._process.stdout is not None  # noqa: S101
-        assert self._process.stderr is not None  # noqa: S101
         self._in, self._out = self._process.stdin.fileno(), self._process.stdout.fileno()
-        self._err: int | None = self._process.stderr.fileno()
+        self._err = self._process.stderr.fileno() if self._process.stderr is not None else None
         for pipe in (self._in, self._out, self._err):
-            os.set_blocking(pipe, False)
+            if pipe is not None:
+                os.set_blocking(pipe, False)
         self._read = bytearray()
         """What it wrote and nobody has taken yet."""
         self._said = bytearray()
@@ -85,17 +98,17 @@ class Child:
         while (end := self._read.find(b"\n")) < 0:
             if len(self._read) > LONGEST_LINE:
                 raise Hung(f"{self._what}: a header of more than {LONGEST_LINE} bytes without a line break")
-            self._more()
+            self._read += self._some(CHUNK)
         line = bytes(self._read[:end])
         del self._read[: end + 1]
         return line
 
-    def read(self, count: int) -> bytes:
+    def read(self, count: int) -> bytearray:
         """The next `count` bytes of its stdout; raises Hung."""
-        while len(self._read) < count:
-            self._more()
-        data = bytes(self._read[:count])
+        data = self._read[:count]
         del self._read[:count]
+        while len(data) < count:
+            data += self._some(count - len(data))
         return data
 
     def stderr(self) -> str:
@@ -109,33 +122,38 @@ class Child:
             return
         self._closed = True
         self.begin("stop", seconds)
-        with suppress(Hung):
-            self.write(last_words)
-        for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
-            if pipe is not None:
-                pipe.close()
-        self._err = None
         try:
+            with suppress(Hung):
+                self.write(last_words)
+            for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
+                if pipe is not None:
+                    pipe.close()
+            self._err = None
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(seconds)
         finally:
             self._kill()
 
     def _kill(self) -> None:
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        with suppress(OSError):
+            self._line.shutdown(socket.SHUT_RDWR)  # closed alone, it might be open in a copy of this process
+        self._line.close()
+        try:
+            self._process.wait(KILL_SECONDS)
+        except subprocess.TimeoutExpired:  # somebody has stopped the warden; without it the command ends too
+            self._process.kill()
+            self._process.wait()
 
-    def _more(self) -> None:
-        """Read what there is of its stdout, at least a byte."""
+    def _some(self, most: int) -> bytes:
+        """Read what there is of its stdout, up to so much."""
         self._wait(writing=False)
         try:
-            data = os.read(self._out, CHUNK)
+            data = os.read(self._out, min(most, CHUNK))
         except BlockingIOError:
-            return
+            return b""
         if not data:
             raise Hung(self._ended())
-        self._read += data
+        return data
 
     def _wait(self, *, writing: bool) -> None:
         """Until stdin takes, or stdout has, something; stderr is read meanwhile."""
@@ -143,7 +161,7 @@ class Child:
             left = self._deadline - time.monotonic()
             if left <= 0:
                 doing = "read its input" if writing else "answer"
-                raise Hung(f"{self._what}: the command did not {doing} within {self._seconds:g} s{self._words()}")
+                raise Hung(f"{self._what}: {self._who} did not {doing} within {self._seconds:g} s{self._words()}")
             reading = [pipe for pipe in (None if writing else self._out, self._err) if pipe is not None]
             ready, writable, _ = select.select(reading, [self._in] if writing else [], [], left)
             if self._err in ready:
@@ -152,9 +170,9 @@ class Child:
                 return
 
     def _take_stderr(self) -> None:
-        while self._err is not None:
+        for _ in range(16):  # more may come faster than it is read
             try:
-                data = os.read(self._err, CHUNK)
+                data = os.read(self._err, CHUNK) if self._err is not None else b""
             except BlockingIOError:
                 return
             if not data:
@@ -162,8 +180,6 @@ class Child:
                 return
             self._said += data
             del self._said[:-LAST_WORDS]
-            if len(data) < CHUNK:
-                return
 
     def _words(self) -> str:
         said = self.stderr()
@@ -172,8 +188,27 @@ class Child:
     def _ended(self) -> str:
         """Why it does not talk to us any more."""
         try:
-            code = self._process.wait(1.0)
+            code = self._process.wait(2.0)
         except subprocess.TimeoutExpired:
-            return f"{self._what}: the command closed its stdin or stdout{self._words()}"
-        how = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
-        return f"{self._what}: the command ended {how}{self._words()}"
+            return f"{self._what}: {self._who} closed its stdin or stdout{self._words()}"
+        with suppress(BlockingIOError, ConnectionError):
+            if why := self._line.recv(1000).decode(errors="replace"):
+                return f"{self._what}: {self._who} cannot be started: {why}"
+        how = f"by signal {_name(-code)}" if code < 0 else f"with status {code}"
+        return f"{self._what}: {self._who} ended {how}{self._words()}"
+
+
+def _own_stderr() -> int | None:
+    """Ours, if there is one."""
+    try:
+        os.fstat(2)
+    except OSError:
+        return subprocess.DEVNULL
+    return None
+
+
+def _name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return str(number)

@@ -16,9 +16,9 @@ import numpy as np
 
 from refspan import ModelConfig
 from refspan.conformance.external.wire import VERSION, message, read_tensor
+from refspan.conformance.facts import dtypes_of, facts_of
 from refspan.conformance.loading import load_backend
 from refspan.conformance.protocol import OPERATIONS, Array
-from refspan.conformance.sessions import dtypes_of, facts_of
 
 
 class Server:
@@ -33,7 +33,7 @@ class Server:
         """Answer until `stop`, or the end of the requests."""
         for line in requests:
             asked = json.loads(line)
-            tensors = {name: read_tensor(requests.read, name) for name in asked["tensors"]}
+            tensors = {name: np.array(read_tensor(requests.read, name)) for name in asked["tensors"]}
             if asked["cmd"] == "stop":
                 return
             said, arrays = self._start() if asked["cmd"] == "start" else self._run(asked, tensors)

@@ -1,7 +1,8 @@
 """Messages of the protocol: a line of JSON, then the tensors that it names, each as an npy file (version 1.0)."""
 
 import json
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from io import BytesIO
 from math import prod
 from typing import Any
@@ -9,15 +10,15 @@ from typing import Any
 import numpy as np
 
 from refspan.conformance.external.child import Child
-from refspan.conformance.guard import one_line
+from refspan.conformance.guard import Hung, one_line, shown
 from refspan.conformance.protocol import Array
-from refspan.conformance.sessions import Hung
 
 VERSION = 1
 """Of the protocol."""
 LARGEST = 1 << 28
 """Bytes of a tensor that a command may send."""
-MOST_TENSORS = 10_000
+LARGEST_SUM = 1 << 29
+"""Bytes of all tensors of an answer."""
 DTYPES = {"<f2", "<f4", "<f8", "<i8", "|b1"}
 _MAGIC = b"\x93NUMPY\x01\x00"
 
@@ -31,8 +32,8 @@ def message(header: Mapping[str, Any], tensors: Mapping[str, Array]) -> bytes:
     return out.getvalue()
 
 
-def answer(child: Child) -> tuple[dict[str, Any], dict[str, Array]]:
-    """The next message from a command.
+def answer(child: Child, expected: Iterable[str] = ()) -> tuple[dict[str, Any], dict[str, Array]]:
+    """The next message from a command, with tensors under some of the names that are expected.
 
     Raises:
         Hung: there is none, or it is not one; where its end is cannot be told, so the command has to be started anew.
@@ -44,29 +45,55 @@ def answer(child: Child) -> tuple[dict[str, Any], dict[str, Array]]:
         header = None
     if not isinstance(header, dict):
         raise Hung(f"expected a line of JSON, an object; the command wrote {_shown(line)}")
-    names = header.get("tensors", [])
-    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)) or len(names) > MOST_TENSORS:
-        raise Hung(f"`tensors`: got {one_line(repr(names))}, expected a list of names")
-    return header, {one_line(name): read_tensor(child.read, one_line(name)) for name in names}
+    names, known = header.get("tensors", []), list(expected)
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise Hung(f"`tensors`: got {shown(names)}, expected a list of names")
+    for i, name in enumerate(names):
+        if name not in known:
+            listed = "some of " + ", ".join(known) if known else "none"
+            raise Hung(f"`tensors`: got {shown(name)}, expected {one_line(listed)}")
+        if name in names[:i]:
+            raise Hung(f"`tensors`: got {shown(name)} twice")
+    return header, _tensors(child, names)
 
 
-def read_tensor(read: Callable[[int], bytes], name: str) -> Array:
-    """The array of an npy file, of which `read(n)` returns the next n bytes; raises Hung if it is not one."""
+def _tensors(child: Child, names: Iterable[str]) -> dict[str, Array]:
+    """The tensors of an answer."""
+    tensors: dict[str, Array] = {}
+    for name in names:
+        left = LARGEST_SUM - sum(array.nbytes for array in tensors.values())
+        tensors[name] = read_tensor(child.read, name, left)
+    return tensors
+
+
+def read_tensor(read: Callable[[int], bytes | bytearray], name: str, left: int = LARGEST_SUM) -> Array:
+    """The array of an npy file, of which `read(n)` returns the next n bytes.
+
+    Raises:
+        Hung: it is not one, or it takes more than `left` bytes.
+    """
     start = read(len(_MAGIC) + 2)
     if start[: len(_MAGIC)] != _MAGIC:
         raise Hung(f"tensor {name!r}: expected an npy file of version 1.0; the command wrote {_shown(start)}")
-    length = int.from_bytes(start[len(_MAGIC) :], "little")
-    described = read(length)
+    described = read(int.from_bytes(start[len(_MAGIC) :], "little"))
     try:
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(BytesIO(start[-2:] + described))
-    except ValueError as error:
-        raise Hung(f"tensor {name!r}: {one_line(error)}") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(BytesIO(start[-2:] + described))
+        sizes_are_numbers = all(type(size) is int and size >= 0 for size in shape)
+    except Exception:  # noqa: BLE001 - it is read as Python source, so much may come up
+        sizes_are_numbers = False
+    if not sizes_are_numbers:
+        raise Hung(f"tensor {name!r}: expected an npy file of version 1.0; its header is {_shown(described)}")
     if dtype.str not in DTYPES:
-        raise Hung(f"tensor {name!r}: got dtype {dtype.str}, expected one of {', '.join(sorted(DTYPES))}")
-    if any(size < 0 for size in shape) or len(shape) > 8 or (size := prod(shape) * dtype.itemsize) > LARGEST:
-        raise Hung(f"tensor {name!r}: shape {one_line(shape)} is beyond the limit of {LARGEST} bytes")
-    flat = np.frombuffer(read(size), dtype)
-    return np.array(flat.reshape(shape, order="F" if fortran else "C"))
+        raise Hung(f"tensor {name!r}: got dtype {one_line(dtype.str)}, expected one of {', '.join(sorted(DTYPES))}")
+    size = prod(shape) * dtype.itemsize
+    if len(shape) > 8 or any(length > LARGEST for length in shape) or size > LARGEST:
+        raise Hung(f"tensor {name!r}: shape {shown(shape)} is beyond the limit of {LARGEST} bytes")
+    if size > left:
+        raise Hung(f"tensor {name!r}: shape {shown(shape)} is beyond the limit of {LARGEST_SUM} bytes an answer")
+    flat: Array = np.frombuffer(read(size), dtype)
+    return flat.reshape(shape, order="F" if fortran else "C")
 
 
 def _no_number(text: str) -> None:
@@ -74,5 +101,5 @@ def _no_number(text: str) -> None:
     raise ValueError(text)
 
 
-def _shown(data: bytes) -> str:
+def _shown(data: bytes | bytearray) -> str:
     return repr(one_line(data[:80].decode(errors="replace")))

@@ -1,0 +1,218 @@
+"""Processes of backends end: with the session, with the checker however it ends, and with all that they started."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import misbehaving
+import pytest
+
+from refspan.conformance.external.backend import CommandSession
+from refspan.conformance.external.child import Child
+from refspan.conformance.loading import session_of
+from refspan.conformance.report import Report
+from refspan.conformance.runner import run, select
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="orphans are found where the system tells whose they are")
+WAYS = {
+    "in Python": "{}",
+    "over the wire": f"exec:{sys.executable} -m refspan.conformance.external.serve {{}}",
+}
+
+
+def named(name, way):
+    return WAYS[way].format(f"{misbehaving.__file__}:{name}")
+
+
+def alive(pid):
+    """Whether there is such a process, and not only what is left of it until somebody asks how it ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] not in (b"Z", b"X")
+    except OSError:
+        return False
+
+
+def until(what, seconds=20.0):
+    """Wait until `what()` is true, and say whether it became so."""
+    deadline = time.monotonic() + seconds
+    while not what() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return what()
+
+
+@pytest.fixture
+def mark(tmp_path, monkeypatch):
+    """Where backends note who they are."""
+    path = tmp_path / "mark"
+    monkeypatch.setenv("REFSPAN_TEST_MARK", str(path))
+    return path
+
+
+@pytest.fixture
+def sleepers(tmp_path, monkeypatch):
+    """The processes that `LeavesProcesses` has left."""
+    length = f"70.{os.getpid()}{time.monotonic_ns()}"
+    monkeypatch.setenv("REFSPAN_TEST_SLEEP", length)
+    yield lambda: subprocess.run(["pgrep", "-f", f"sleep {length}"], capture_output=True, text=True).stdout.split()
+    subprocess.run(["pkill", "-f", f"sleep {length}"], check=False)
+
+
+@linux
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["LeavesProcesses", "LeavesProcessesAndHangs", "LeavesProcessesAndDies"])
+def test_nothing_is_left_of_what_a_backend_started(name, way, sleepers):
+    session = session_of(named(name, way), timeout=2)
+    report = Report(session.facts)
+    try:
+        list(run(session, select(ids=["mask.past"]), report, examples=2))
+        left = 6 if name == "LeavesProcesses" else 0  # those of a process that has failed are gone with it
+        assert until(lambda: len(sleepers()) == left)
+    finally:
+        session.close()
+    assert sleepers() == []
+    assert report.count("passed") == (name == "LeavesProcesses")
+
+
+@linux
+@pytest.mark.parametrize("way", WAYS)
+def test_whoever_reads_our_output_need_not_wait_for_them(way, sleepers):
+    """As in $(refspan check ..)."""
+    start = time.monotonic()
+    ran = subprocess.run(
+        [sys.executable, "-m", "refspan", "check", "--backend", named("LeavesProcesses", way), "--check", "mask.past",
+         "--examples", "2"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stdout
+    assert time.monotonic() - start < 60
+    assert sleepers() == []
+
+
+@linux
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_backend_does_not_outlive_the_checker(way, how, mark):
+    checker = subprocess.Popen(
+        [sys.executable, "-m", "refspan", "check", "--backend", named("Spins", way), "--timeout", "90"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        assert until(mark.exists)
+        pid = int(mark.read_text())
+        assert alive(pid)
+        checker.send_signal(how)
+        assert until(lambda: not alive(pid))
+    finally:
+        checker.kill()
+        checker.wait()
+
+
+@linux
+def test_a_command_that_was_never_closed_ends_with_the_process(mark):
+    code = (
+        "from refspan.conformance import load_backend; import numpy as np; "
+        f"backend = load_backend({named('Spins', 'over the wire')!r}); backend._timeout = 1.0\n"
+        "try: backend.soft_mask(np.ones((1, 1), 'f4'), np.ones((1, 1), 'i8'), queries=1, ramp=1.0)\n"
+        "except Exception as error: print(error)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "did not answer within 1 s" in ran.stdout
+    pid = int(mark.read_text())
+    assert until(lambda: not alive(pid))
+
+
+@linux
+def test_a_command_ends_with_its_warden(tmp_path):
+    child = Child(["sh", "-c", "echo $$; exec sleep 77"])
+    try:
+        child.begin("start", 20)
+        pid = int(child.line())
+        assert alive(pid)
+        child._process.kill()
+        assert until(lambda: not alive(pid))
+    finally:
+        child.close()
+
+
+@pytest.mark.parametrize("aim", ["group", "backend"])
+def test_ctrl_c_while_a_backend_loads_is_no_traceback(aim, mark):
+    """A terminal sends it to all processes of a group."""
+    checker = subprocess.Popen(
+        [sys.executable, "-m", "refspan", "check", "--backend", named("LoadsForEver", "in Python")],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    try:
+        assert until(mark.exists)
+        pid = int(mark.read_text())
+        if aim == "backend":
+            os.kill(pid, signal.SIGINT)
+            time.sleep(0.3)
+            assert alive(pid)
+        os.killpg(checker.pid, signal.SIGINT)
+        out, said = checker.communicate(timeout=20)
+    finally:
+        checker.kill()
+        checker.communicate()
+    assert checker.returncode == 130
+    assert len(said.splitlines()) <= 1
+    assert "Traceback" not in out + said
+    assert not alive(pid)
+
+
+def test_ctrl_c_during_a_request_is_not_taken_for_a_fault_of_the_command(mark):
+    """It is this process that is interrupted."""
+
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    session = CommandSession(named("Spins", "over the wire").removeprefix("exec:"), timeout=20)
+    before = signal.signal(signal.SIGALRM, interrupt)  # SIGINT may be ignored here
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 1.0)
+        with pytest.raises(KeyboardInterrupt):
+            list(run(session, select(ids=["mask.past"]), Report(session.facts), examples=2))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        session.close()
+
+
+def test_answers_to_earlier_questions_are_no_answers():
+    """A process that the backend forked off may still say something."""
+    from refspan.conformance.external.worker import packed, unpacked
+    from refspan.conformance.sessions import Worker
+
+    class Written:
+        def __init__(self, *content):
+            self.left = b"".join(map(packed, content))
+
+        def begin(self, what, seconds):
+            pass
+
+        def write(self, data):
+            assert unpacked(lambda count: data[:8] if count == 8 else data[8:])[0] == 3
+
+        def read(self, count):
+            data, self.left = self.left[:count], self.left[count:]
+            return data
+
+    worker = object.__new__(Worker)
+    worker._asked = 2
+    worker._child = Written((2, "result", ["old"]), (3, "result", ["new"]))
+    assert worker._exchange("soft_mask", "question", 1.0) == ("result", ["new"])
+
+
+def test_a_checker_without_input_and_output(mark):
+    """As daemons have it: whatever is opened first gets the number of a stream."""
+    code = (
+        "from refspan.conformance.loading import session_of\n"
+        f"session = session_of({named('Dense', 'in Python')!r}, timeout=5)\n"
+        "session.close()\n"
+        f"open({str(mark)!r}, 'w').write(session.facts['backend'])"
+    )
+    subprocess.run([sys.executable, "-c", code], preexec_fn=lambda: os.closerange(0, 3), timeout=60, check=True)
+    assert mark.read_text() == "dense"
