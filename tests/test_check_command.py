@@ -237,20 +237,23 @@ class StartsSlowly:
 posix = pytest.mark.skipif(os.name == "nt", reason="sends signals")
 
 
-def interrupted(folder, number, *arguments, backend="endless.py:Hangs"):
+def interrupted(folder, number, *arguments, backend="endless.py:Hangs", all_processes=False):
     """Exit status and what is said when a signal comes while the backend is busy; the seconds until then."""
     (folder / "endless.py").write_text(ENDLESS)
     (folder / "waiting").unlink(missing_ok=True)
     command = [sys.executable, "-m", "refspan", "check", "--backend", backend, "--timeout", "600", *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, cwd=folder, **pipes) as process:
-        for _ in range(600):
-            if (folder / "waiting").exists() or process.poll() is not None:
-                break
-            time.sleep(0.1)
-        start = time.monotonic()
-        process.send_signal(number)
-        out, err = process.communicate(timeout=60)
+    with subprocess.Popen(command, cwd=folder, start_new_session=all_processes, **pipes) as process:
+        try:
+            for _ in range(600):
+                if (folder / "waiting").exists():
+                    break
+                time.sleep(0.1)
+            start = time.monotonic()
+            (os.killpg if all_processes else os.kill)(process.pid, number)
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     return process.returncode, out, err, time.monotonic() - start
 
 
@@ -294,15 +297,8 @@ def test_a_busy_backend_is_left_at_once(tmp_path, name, backend):
 @posix
 def test_a_signal_for_all_processes(tmp_path):
     """As `timeout` sends it: the backend dies of it too, and is not to blame."""
-    (tmp_path / "endless.py").write_text(ENDLESS)
-    command = [sys.executable, "-m", "refspan", "check", "--backend", "endless.py:Hangs", "--timeout", "600"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, cwd=tmp_path, start_new_session=True, **pipes) as process:
-        while not (tmp_path / "waiting").exists():
-            time.sleep(0.1)
-        os.killpg(process.pid, signal.SIGTERM)
-        out, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (143, "")
+    status, out, err, _ = interrupted(tmp_path, signal.SIGTERM, all_processes=True)
+    assert (status, err) == (143, "")
     assert out.splitlines()[-1] == f"0 of {len(CHECKS)} passed, 0 failed, 0 not offered, INCOMPLETE"
 
 

@@ -102,10 +102,13 @@ def test_interrupted(tmp_path, name, seconds):
     command = [sys.executable, "-m", "refspan", "check", "--self-test", "--level", "training", "--json", str(path)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, start_new_session=True, **pipes) as process:
-        wait_until_it_listens(process)
-        time.sleep(seconds)
-        os.killpg(process.pid, number)
-        out, err = process.communicate(timeout=30)
+        try:
+            wait_until_it_listens(process)
+            time.sleep(seconds)
+            os.killpg(process.pid, number)
+            out, err = process.communicate(timeout=30)
+        finally:
+            process.kill()
     assert (process.returncode, err) == (128 + number, "")
     assert out.endswith(" 0 faults of the suite, INCOMPLETE\n")
     tree = json.loads(path.read_text())
