@@ -43,6 +43,8 @@ class History:
     """Initial memory of each layer, [N, d]."""
     age: Sequence[Array] | None = None
     """[N], as seen from the first token."""
+    block: int = 1
+    """Tokens of the longest block that it is read in."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -86,7 +88,7 @@ class ModelBounds:
         """Most memories that a later query may still see after this many tokens, given how spans round."""
         span, age = self.spans[layer], self.ages[layer] + after
         slack = SAFETY * np.max(np.abs(span[1:] - span[0]), axis=0) + 4 * self.span_u * (
-            np.abs(span[0]) + np.abs(age) + self.config.ramp
+            np.abs(span[0]) + np.abs(age) + self.config.ramp + self.history.block
         )
         return int(np.sum((age >= 1) & (span[0] + self.config.ramp - age > -slack)))
 
@@ -150,7 +152,8 @@ class ModelBounds:
         u, ramp, (_, _, length, head_size) = self.u, self.config.ramp, query.shape
         distance = age + np.arange(length)[:, None]  # [T, N]
         remaining = span[:, None, :] - distance
-        error = 3 * self.span_u * (np.abs(span[:, None, :]) + np.abs(distance) + ramp)
+        # (1 + (span - age) / R) - m / R is right too, m being the query's place in a block
+        error = 3 * self.span_u * (np.abs(span[:, None, :]) + np.abs(distance) + ramp + self.history.block)
         mask = np.clip(1 + self._moved(remaining, error, all_alike=True) / ramp, 0, 1)
         mask = np.where(distance >= 1, mask, 0)
         rounding = 3 * self.span_u * np.where((mask > 0) & (mask < 1), 1, 0)

@@ -244,6 +244,7 @@ class Answers:
             self._of.append(place)
             self._rows.append(rows)
         self._program = program
+        self._longest = max((o.tokens.shape[1] for o in program if isinstance(o, Step)), default=1)
 
     def of_step(self, i: int) -> Expected:
         """Log-probabilities [B, M, V] of operation i, a step."""
@@ -280,6 +281,6 @@ class Answers:
         opened = self._opened[place]
         tokens = np.array(row.tokens, np.int64)
         if not row.given or opened.memory is None:
-            return model_bounds(opened.config, opened.params, History(tokens))
+            return model_bounds(opened.config, opened.params, History(tokens, block=self._longest))
         hidden, age = [h[b] for h, _ in opened.memory], [a[b] for _, a in opened.memory]
-        return model_bounds(opened.config, opened.params, History(tokens, hidden, age))
+        return model_bounds(opened.config, opened.params, History(tokens, hidden, age, self._longest))
