@@ -34,6 +34,7 @@ ODD = [
     ("NoSpanBias", "training.initial_spans", "layers.0.span.bias: it is missing"),
     ("Words", "training.initial_spans", "expected an array of numbers"),
     ("Objects", "training.initial_spans", "expected an array of numbers"),
+    ("SpansNowhere", "training.initial_spans", "where the sigmoid's slope is 0: spans could never learn"),
     ("Granularity", "memory.bound", "memory_granularity is 4.0, expected a whole number from 1 to 4096"),
     ("GranularityWord", "memory.bound", "memory_granularity is abc, expected"),
     ("GranularityNone", "memory.bound", "memory_granularity is 0, expected"),

@@ -95,10 +95,15 @@ def test_whoever_reads_our_output_need_not_wait_for_them(way, sleepers):
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 @pytest.mark.parametrize("way", WAYS)
 def test_a_backend_does_not_outlive_the_checker(way, how, mark):
-    checker = subprocess.Popen(
-        [sys.executable, "-m", "refspan", "check", "--backend", named("Spins", way), "--timeout", "90"],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    code = (
+        "from refspan.conformance.loading import session_of\n"
+        "from refspan.conformance.registry import Probe\n"
+        "from refspan.conformance.runner import drawn, select\n"
+        f"session = session_of({named('Spins', way)!r}, timeout=90)\n"
+        "(check,) = select(ids=['mask.past'])\n"
+        "check.body(Probe(session), drawn(check, 'float32', 0, 1)[0])"
+    )
+    checker = subprocess.Popen([sys.executable, "-c", code])
     try:
         assert until(mark.exists)
         pid = int(mark.read_text())
