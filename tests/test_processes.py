@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import misbehaving
@@ -45,10 +46,14 @@ def until(what, seconds=20.0):
 
 @pytest.fixture
 def mark(tmp_path, monkeypatch):
-    """Where backends note who they are."""
+    """Where backends note who they are. One that is still there in the end is ended."""
     path = tmp_path / "mark"
     monkeypatch.setenv("REFSPAN_TEST_MARK", str(path))
-    return path
+    yield path
+    if path.exists() and (pid := path.read_text()).isdigit():
+        with suppress(OSError):
+            if str(path).encode() in Path(f"/proc/{pid}/environ").read_bytes():
+                os.kill(int(pid), signal.SIGKILL)
 
 
 @pytest.fixture

@@ -409,7 +409,8 @@ signals = pytest.mark.skipif(os.name == "nt", reason="sends signals")
 
 
 @signals
-def test_ctrl_c_ends_waiting_at_once_and_saves_what_was_read(folder, tmp_path):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_waiting_at_once_and_saves_what_was_read(folder, tmp_path, number, status):
     """A pipe that stays open: the program waits for more when the signal comes."""
     state = tmp_path / "state"
     process = refspan_run(
@@ -418,10 +419,10 @@ def test_ctrl_c_ends_waiting_at_once_and_saves_what_was_read(folder, tmp_path):
     process.stdin.write(TEXT[:300])
     process.stdin.flush()
     time.sleep(3)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     process.wait(timeout=10)
     said, error = process.communicate()
-    assert process.returncode == 130, error
+    assert process.returncode == status, error
     assert b"tokens scored    299" in said
     assert error == f"interrupted; go on with --state {state} --skip 300\n".encode()
     (tmp_path / "first").write_bytes(TEXT[:300])

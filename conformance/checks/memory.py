@@ -13,7 +13,7 @@ from refspan.conformance.programs import Open, Operation, Program, Projected, Si
 from refspan.conformance.registry import Probe, check
 
 NEEDS = ["open_model"]
-COST = 4
+COST = 5
 Cases = Callable[[np.dtype], st.SearchStrategy[ModelCase]]
 
 

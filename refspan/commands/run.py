@@ -40,7 +40,9 @@ PENDING = "next_token"
 @click.option("--threads", type=click.IntRange(min=1, max=1024), help="On the CPU; by default one per core.")
 @click.option("--block", type=click.IntRange(min=1), help="Tokens of one step; by default and at most the block size.")
 @click.option("--state", "state_path", type=click.Path(path_type=Path), help="Go on from a state that was saved.")
-@click.option("--save-state", type=click.Path(path_type=Path), help="Save the state in the end, also after Ctrl-C.")
+@click.option(
+    "--save-state", type=click.Path(path_type=Path), help="Save the state in the end, also after Ctrl-C and SIGTERM."
+)
 @click.option(
     "--json",
     "json_path",
@@ -86,9 +88,10 @@ def command(
         run = Run(model, skip)
         if state_path is not None:
             run.load_state(state_path)
+        stop = Interrupts()
         try:
             length = min(block or LONGEST_BLOCK, model.config.block_size)
-            run.read(tokens.blocks(length), tokens.size(), max_tokens, Interrupts())
+            run.read(tokens.blocks(length), tokens.size(), max_tokens, stop)
         except (KeyboardInterrupt, SetupError, RunFailedError, MemoryError) as error:
             fault = error
         report = run.report(complete=fault is None)
@@ -107,7 +110,7 @@ def command(
             _tried(lambda: write_whole(json_file, json_of(report).encode()), unwritten)
     if isinstance(fault, KeyboardInterrupt):
         click.echo("; ".join(["interrupted", *map(_said, unwritten)]) + how, err=True)
-        return 130
+        return stop.status
     faults = [error for error in (fault, *unwritten) if error is not None]
     if faults:
         kind = SetupError if isinstance(faults[0], SetupError) else RunFailedError
