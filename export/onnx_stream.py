@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from refspan.export.onnx_model import OnnxModel
 
 
+AS_IT_WAS = "(the stream is as it was)"
+
+
 class StreamFailedError(RunFailedError):
     """ONNX Runtime failed, or there is no memory left; the message says what could not be done.
 
@@ -93,13 +96,26 @@ class OnnxStream:
         """
         buffers = self._opened()
         lengths = self._checked(tokens, lengths)
-        size, count, parts = self.config.block_size, tokens.shape[1], []
+        size, count = self.config.block_size, tokens.shape[1]
         if count <= size:
             return self._block(buffers, np.ascontiguousarray(tokens), lengths)
+        log_probs = self._room(tokens)
         for start in range(0, count, size):
             block = np.ascontiguousarray(tokens[:, start : start + size])
-            parts.append(self._block(buffers, block, np.clip(lengths - start, 0, block.shape[1])))
-        return np.concatenate(parts, axis=1)
+            try:
+                part = self._block(buffers, block, np.clip(lengths - start, 0, block.shape[1]))
+            except (StreamFailedError, MemoryLimitError) as error:
+                read = f"(the stream has read {start} tokens of the block)"
+                raise type(error)(str(error).replace(AS_IT_WAS, read)) from None
+            log_probs[:, start : start + size] = part
+        return log_probs
+
+    def _room(self, tokens: Array) -> Array:
+        """An array for the log-probabilities of these tokens."""
+        try:
+            return np.empty((*tokens.shape, self.config.vocab_size), self._model.layout.dtype)
+        except MemoryError as error:
+            raise _failed(f"to make room for the results of a step {AS_IT_WAS}", error) from None
 
     def memory_size(self) -> tuple[int, ...]:
         """Memories that each layer holds, the longest row of the batch: those that a later query may see."""
@@ -170,7 +186,10 @@ class OnnxStream:
                 goes on as it was.
             StreamFailedError: there is no memory for it; likewise.
         """
-        arrays = read_state(path, self.config)
+        try:
+            arrays = read_state(path, self.config)
+        except MemoryError as error:
+            raise _failed("to read the state", error) from None
         try:
             self.restore(arrays)
         except (TypeError, ValueError) as error:
@@ -189,18 +208,19 @@ class OnnxStream:
     def _block(self, buffers: Buffers, tokens: Array, lengths: Array) -> Array:
         """Log-probabilities [B, M, V] of at most block_size tokens a row."""
         session = self._model.session
-        self._make_room(buffers, tokens.shape[1], lengths)
+        log_probs = self._room(tokens)
+        self._broken = True  # until the step is done, or found impossible: Ctrl-C may come at any point, too
         try:
-            log_probs = np.empty((*tokens.shape, self.config.vocab_size), self._model.layout.dtype)
-        except MemoryError as error:
-            raise _failed("to make room for the results of a step (the stream is as it was)", error) from None
+            self._make_room(buffers, tokens.shape[1], lengths)
+        except (StreamFailedError, MemoryLimitError):
+            self._broken = False
+            raise
         binding, bound = buffers.binding, self._bound[buffers.turn]
         for name, array in (("tokens", tokens), ("lengths", lengths), ("restart", self._restart)):
             if name == "tokens" or bound.get(name) is not array:
                 binding.bind_cpu_input(name, array)
                 bound[name] = array  # it must live as long as it is bound; all but tokens are ours and never written to
         bind_output(binding, "log_probs", log_probs)
-        self._broken = True  # until the step is done: Ctrl-C may come at any point, too
         try:
             session.run_with_iobinding(binding)
         except Exception as error:  # noqa: BLE001
@@ -222,7 +242,7 @@ class OnnxStream:
                 try:
                     buffers.repack(i, slots)
                 except Exception as error:  # noqa: BLE001
-                    raise _failed(f"to make {slots} slots in layer {i} (the stream is as it was)", error) from None
+                    raise _failed(f"to make {slots} slots in layer {i} {AS_IT_WAS}", error) from None
 
     def _limited(self, layer: int, slots: int) -> int:
         if self._max_slots is not None and slots > self._max_slots:
@@ -245,9 +265,11 @@ class OnnxStream:
                 recent, distant, count = from_memory(layout, one, most)
                 layers.append((recent, distant))
                 counts.append(count)
-            self._buffers = Buffers(self._model, layers)
+            buffers = Buffers(self._model, layers)
         except Exception as error:  # noqa: BLE001
             raise _failed("to make room for the state", error) from None
+        self._broken = True  # until all of it is in place
+        self._buffers = buffers
         self._counts = np.array(counts)
         self._bound_counts = self._counts.copy()
         self._buffers.bind_output("live", self._bound_counts)

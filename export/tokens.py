@@ -6,6 +6,7 @@ Numbers come as white-space separated text, or as a `.npy` array of whole number
 import os
 import stat
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -55,8 +56,8 @@ class TokenFile:
                 place += len(block)
         except OSError as error:
             raise SetupError(f"{self._name}: {error.strerror or error}") from None
-        if place == self.skip:
-            raise SetupError(f"{self._name}: holds no tokens" + (f" after the first {self.skip}" if self.skip else ""))
+        if place == 0:
+            raise SetupError(f"{self._name}: holds no tokens")
 
     def size(self) -> int | None:
         """How many tokens are to come; None if that shows only at the end of the file."""
@@ -91,17 +92,27 @@ class TokenFile:
             skipped = 0
             while skipped < self.skip and (content := file.read(min(_PIECE, self.skip - skipped))):
                 skipped += len(content)
+            self._check_skipped(skipped)
             for content in self._pieces(file, length):
                 yield np.frombuffer(content, np.uint8).astype(np.int64)
             return
         numbers: list[int] = []
-        for number in islice(self._numbers(file), self.skip, None):
+        all_numbers = self._numbers(file)
+        self._check_skipped(sum(1 for _ in islice(all_numbers, self.skip)))
+        for number in all_numbers:
             numbers.append(number)
             if len(numbers) == length:
                 yield np.array(numbers, np.int64)
                 numbers = []
         if numbers:
             yield np.array(numbers, np.int64)
+
+    def _check_skipped(self, count: int) -> None:
+        """Raise unless there were as many tokens as are to be left out."""
+        if count < self.skip:
+            raise SetupError(
+                f"{self._name}: holds {count} tokens, expected at least {self.skip}, which are to be skipped"
+            )
 
     def _pieces(self, file: BinaryIO, length: int) -> Iterator[bytes]:
         """What is left of a file, `length` bytes at a time; raise if that is less than there was at first."""
@@ -137,6 +148,7 @@ class TokenFile:
         """Numbers of a .npy file, read as they are needed: a memory map of a file that is cut ends the process."""
         dtype, count = self._header(file)
         place = min(self.skip, count)
+        self._check_skipped(place)
         file.seek(place * dtype.itemsize, os.SEEK_CUR)
         while place < count:
             wanted = min(length, count - place)
@@ -153,10 +165,14 @@ class TokenFile:
             read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
             if version not in read:
                 raise ValueError(f"its version is {version}, expected (1, 0) or (2, 0)")
-            shape, _, dtype = read[version](file)
-        except (ValueError, EOFError) as error:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about headers of old versions, and damaged ones
+                shape, _, dtype = read[version](file)
+        except OSError:
+            raise
+        except Exception as error:  # noqa: BLE001 - NumPy reads the header as Python, with all that can be wrong then
             raise SetupError(f"{self._name}: no whole .npy file: {' '.join(str(error).split())}") from None
-        if len(shape) != 1 or dtype.kind not in "iu":
+        if len(shape) != 1 or dtype.kind not in "iu" or shape[0] < 0:
             raise SetupError(f"{self._name}: got {dtype} {shape}, expected whole numbers with one axis")
         there = (_size_of(file) or 0) - file.tell()
         if there < shape[0] * dtype.itemsize:

@@ -128,9 +128,18 @@ def read_state(path: str | Path, config: ModelConfig) -> "dict[str, np.ndarray[A
 
 
 def _write(path: str | Path, arrays: Mapping[str, Array], metadata: dict[str, str]) -> None:
-    from safetensors.numpy import save
+    from safetensors.numpy import save_file
 
-    write_whole(Path(path), save({name: to_numpy(array) for name, array in arrays.items()}, metadata=metadata))
+    tensors = {name: to_numpy(array) for name, array in arrays.items()}
+
+    def write(temporary: Path) -> None:
+        # Not into memory first: where that ends, the library ends the process.
+        try:
+            save_file(tensors, temporary, metadata=metadata)
+        except SafetensorError as error:
+            raise SetupError(f"{path}: cannot be written: {error}") from None
+
+    write_whole(Path(path), write)
 
 
 def _read(

@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from refspan.errors import SetupError
@@ -69,8 +69,10 @@ def _same_file(one: Path, other: Path) -> bool:
         return False
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes | Callable[[Path], None]) -> None:
     """Write beside `path` first, then move to its place in one step. What a link points to is written; the link stays.
+
+    `content`: the bytes, or what writes them into the file of a path.
 
     Raises:
         SetupError: it cannot be written (no permission, full disk, not a regular file); an existing file is as it was.
@@ -82,8 +84,11 @@ def write_whole(path: Path, content: bytes) -> None:
         handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
         temporary = Path(name)
         with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
+            if callable(content):
+                content(temporary)
+            else:
+                file.write(content)
+                file.flush()
             os.fsync(file.fileno())
         umask = os.umask(0)
         os.umask(umask)

@@ -19,8 +19,8 @@ class Interrupts:
 
     An exception at any point, as Python has it, may leave something half-done, or meet a callback and be dropped there
     with a traceback. Pressed again more than `PATIENCE` seconds later, Ctrl-C does that all the same, and once more
-    ends the process. The signals of `OTHERS` are the same as Ctrl-C until the command ends, unless the process was
-    started to ignore them, as by nohup.
+    ends the process; all that as soon as Python runs: a call of a library ends first. The signals of `OTHERS` are the
+    same as Ctrl-C until the command ends, unless the process was started to ignore them, as by nohup.
     """
 
     def __init__(self) -> None:

@@ -21,6 +21,15 @@ def pytest_generate_tests(metafunc):
 
 
 @pytest.fixture
+def checks_of_run(request, seed_of_run):
+    """Checks of these runs: all with the first seed and under the profile "deep", else those of small cases."""
+    from refspan.conformance.runner import select
+
+    every = seed_of_run == 0 or request.config.getoption("--hypothesis-profile") == "deep"
+    return [check.id for check in select() if every or not check.id.endswith((".large", ".long", ".tiles"))]
+
+
+@pytest.fixture
 def examples_of_run(request):
     """Examples per check in these runs: those of `refspan check` under the profile "deep", else fewer."""
     return 100 if request.config.getoption("--hypothesis-profile") == "deep" else 12

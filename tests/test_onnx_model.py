@@ -10,6 +10,8 @@ from onnx_models import onnx_model, small_model, tokens_of
 
 import refspan
 from refspan.export import OnnxModel, StreamFailedError, onnx_stream, slots, source, streaming_model, write_model_file
+from refspan.export.onnx_stream import AS_IT_WAS, OnnxStream
+from refspan.export.stream_buffers import Buffers
 from refspan.stream import MemoryLimitError
 
 CLOSE = {"float64": 1e-12, "float32": 2e-5}
@@ -410,6 +412,77 @@ def test_no_memory_for_more_slots_changes_nothing(monkeypatch, after):
     for name, array in stream.state().items():
         np.testing.assert_array_equal(array, state[name])
     np.testing.assert_allclose(stream.step(second), other.step(second), rtol=1e-5)
+
+
+def grown(model, rng):
+    """A stream that needs more slots with its next block, and that block."""
+    stream = model.open(1)
+    stream.step(tokens_of(rng, model.config, 1, 60))
+    return stream, tokens_of(rng, model.config, 1, 64)
+
+
+def long_lived():
+    config, params = small_model(max_span=300.0, block_size=64)
+    for name in params:
+        if name.endswith("span.bias"):
+            params[name] = np.asarray(9.0, np.float32)
+    return config, params
+
+
+def test_an_interrupt_while_slots_change_is_not_passed_over(monkeypatch):
+    """Some names are bound anew, some are not: nothing but a saved state may be gone on from."""
+    model = onnx_model(*long_lived())
+    stream, block = grown(model, np.random.default_rng(0))
+    state, bound = stream.state(), Buffers._bind
+
+    def interrupted(*arguments):
+        bound(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Buffers, "_bind", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            stream.step(block)
+    assert stream.broken
+    with pytest.raises(StreamFailedError, match="restore a saved state"):
+        stream.step(block)
+    other = model.open(1)
+    for one in (stream, other):
+        one.restore(state)
+    np.testing.assert_array_equal(stream.step(block), other.step(block))
+
+
+def test_failures_within_long_blocks_say_how_much_was_read(monkeypatch):
+    config, params = small_model()
+    model, rng = onnx_model(config, params), np.random.default_rng(0)
+    stream, tokens = model.open(1), tokens_of(rng, config, 1, 20)
+    make_room, calls = OnnxStream._make_room, []
+
+    def fails(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise StreamFailedError(f"no memory {AS_IT_WAS}")
+        make_room(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OnnxStream, "_make_room", fails)
+        with pytest.raises(StreamFailedError, match=r"no memory \(the stream has read 16 tokens of the block\)"):
+            stream.step(tokens)
+    other = model.open(1)
+    other.step(tokens[:, :16])
+    np.testing.assert_array_equal(stream.step(tokens[:, 16:]), other.step(tokens[:, 16:]))
+
+    def none(*_, **__):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("refspan.export.onnx_stream.np.empty", none)
+        with pytest.raises(StreamFailedError, match=r"results of a step \(the stream is as it was\): there is no mem"):
+            stream.step(tokens)
+        patch.setattr("refspan.export.onnx_stream.read_state", none)
+        with pytest.raises(StreamFailedError, match="failed to read the state: there is no memory left"):
+            stream.load_state("x")
+    assert not stream.broken
 
 
 def test_no_memory_to_open_restore_or_copy(monkeypatch, tmp_path):

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from onnx_models import small_model
-from safetensors.numpy import load_file
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 import refspan
 from refspan.__main__ import cli
@@ -254,8 +255,12 @@ def test_skipping_is_reading_from_there(folder, tmp_path, kind):
     if kind != "array":
         _, said = invoke(model, "--input", "-", "--skip", 70, "--json", "-", input=path.read_bytes())
         assert (json.loads(said)["tokens"], json.loads(said)["input_position"]) == (129, 200)
-    status, said = invoke(model, "--input", path, "--skip", 200)
-    assert (status, "holds no tokens after the first 200" in said) == (2, True)
+    status, said = invoke(model, "--input", path, "--skip", 200, "--state", state, "--save-state", tmp_path / "again")
+    assert (status, f"state            saved; go on with --state {tmp_path / 'again'} --skip 200" in said) == (0, True)
+    assert_same_state(state, tmp_path / "again")
+    for skip in (201, 2**62):
+        status, said = invoke(model, "--input", path, "--skip", skip)
+        assert (status, f"holds 200 tokens, expected at least {skip}, which are to be skipped" in said) == (2, True)
 
 
 @pytest.mark.parametrize("kind", ["bytes", "text", "array"])
@@ -277,6 +282,10 @@ def test_input_that_is_cut_while_it_is_read(tmp_path, kind):
     with pytest.raises(SetupError, match=r"tokens.*: ended .*: cut while it was read"):
         list(blocks)
     if kind == "array":
+        for header in (b"{'descr': (((", b"{1:2,'a':3}", b"{'descr': '<i8', 'fortran_order': False, 'shape': (-5,)}"):
+            (tmp_path / "h.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+            with pytest.raises(SetupError, match=r"h.npy: (no whole .npy file|got int64 \(-5,\))"):
+                TokenFile(tmp_path / "h.npy", "", 11).size()
         with pytest.raises(SetupError, match=r"no whole .npy file: holds .* bytes of 200000 numbers, expected 1600000"):
             next(file.blocks(1000))
 
@@ -285,6 +294,8 @@ def test_outputs_that_would_replace_something(folder, tmp_path, monkeypatch):
     text, model = tmp_path / "text", tmp_path / "m.onnx"
     text.write_bytes(TEXT[:50])
     model.write_bytes((folder / "bytes.onnx").read_bytes())
+    beside = tmp_path / "m.onnx.data"
+    beside.write_bytes(b"weights")
     (tmp_path / "link").symlink_to(text)
     (tmp_path / "hard").hardlink_to(text)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -297,6 +308,7 @@ def test_outputs_that_would_replace_something(folder, tmp_path, monkeypatch):
         (["--json", tmp_path / "x", "--save-state", tmp_path / "x"], "--json .*x: is --save-state too"),
         (["--state", text, "--json", text], "is --input too"),
         (["--json", device], "/dev/null: is not a regular file, and would have to be replaced"),
+        (["--json", beside], "--json .*m.onnx.data: is the model's weights beside it too"),
         (["--save-state", "-"], "-: standard output takes no file here"),
         (["--save-state", "/proc/x"], "/proc/x: cannot write into /proc"),
     ]:
@@ -339,9 +351,44 @@ def test_a_report_is_not_lost_with_the_files(folder, tmp_path, monkeypatch):
     words = [folder / "bytes.onnx", "--input", tmp_path / "text", "--json", tmp_path / "r", "--save-state", "state"]
     result = CliRunner().invoke(cli, ["run", *map(str, words)], standalone_mode=False)
     assert "tokens scored    49" in result.output
-    assert str(result.exception) == "state: cannot be written: No space left on device"
+    assert str(result.exception) == "state: cannot be written: No space left on device; the state is lost"
     assert isinstance(result.exception, SetupError)
     assert json.loads((tmp_path / "r").read_text())["tokens"] == 49
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_files_are_not_lost_with_the_report(folder, tmp_path):
+    """Standard output is full, or nobody reads it."""
+    (tmp_path / "text").write_bytes(TEXT[:50])
+    words = [
+        folder / "bytes.onnx",
+        "--input",
+        tmp_path / "text",
+        "--json",
+        tmp_path / "r",
+        "--save-state",
+        tmp_path / "s",
+    ]
+    command = [sys.executable, "-m", "refspan", "run", *map(str, words)]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith(b"refspan: cannot be printed: No space left on device; go on with --state ")
+    assert json.loads((tmp_path / "r").read_text())["tokens"] == 49
+    assert load_state_notes(tmp_path / "s")
+
+
+def test_a_state_with_a_damaged_note(folder, tmp_path):
+    (tmp_path / "text").write_bytes(TEXT[:50])
+    words = [folder / "bytes.onnx", "--input", tmp_path / "text"]
+    assert invoke(*words, "--save-state", tmp_path / "s")[0] == 0
+    arrays = load_file(tmp_path / "s")
+    with safe_open(tmp_path / "s", "numpy") as file:
+        metadata = file.metadata()
+    for note in ("\u00b2", "9" * 5000, "-1", "256"):
+        save_file(arrays, tmp_path / "t", {**metadata, "next_token": note})
+        status, said = invoke(*words, "--state", tmp_path / "t")
+        assert (status, "expected a token of the model" in said) == (2, True)
 
 
 @pytest.mark.parametrize("error", [MemoryError(), StreamFailedError("no memory for slots (the stream is as it was)")])

@@ -1,6 +1,8 @@
 """`refspan run`: score a file with an exported model."""
 
 import json
+import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
@@ -33,7 +35,10 @@ PENDING = "next_token"
     "--input", "input_path", required=True, type=click.Path(path_type=Path), help="File; - is standard input."
 )
 @click.option(
-    "--skip", type=click.IntRange(min=0), default=0, help="Leave out so many tokens at the input's beginning."
+    "--skip",
+    type=click.IntRange(min=0, max=2**62),
+    default=0,
+    help="Leave out so many tokens at the input's beginning.",
 )
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Read no more than so many.")
 @click.option("--device", metavar="cpu|cuda", default="cpu", show_default=True)
@@ -77,6 +82,7 @@ def command(
     printed = json_path == Path("-")
     json_file = None if printed else json_path
     read = {"MODEL.onnx": model_path, "--input": None if input_path == STDIN else input_path}
+    read["the model's weights beside it"] = model_path.with_name(f"{model_path.name}.data")
     check_distinct({"--save-state": save_state, "--json": json_file}, read)
     check_distinct({"--json": json_file}, {"--state": state_path})  # --save-state may take its place
     for path in (save_state, json_file):
@@ -90,31 +96,33 @@ def command(
             run.load_state(state_path)
         stop = Interrupts()
         try:
-            length = min(block or LONGEST_BLOCK, model.config.block_size)
+            length = min(block or LONGEST_BLOCK, model.config.block_size, max_tokens or LONGEST_BLOCK)
             run.read(tokens.blocks(length), tokens.size(), max_tokens, stop)
-        except (KeyboardInterrupt, SetupError, RunFailedError, MemoryError) as error:
+        except (KeyboardInterrupt, SetupError, RunFailedError, MemoryError, OSError) as error:
             fault = error
         report = run.report(complete=fault is None)
         worth_it = fault is None or run.scored > 0
-        if worth_it:
-            for line in [json_of(report)] if printed else lines_of(report):
-                click.echo(line)
-        # Each is written even if the other cannot be.
+        # Each is written even if another cannot be.
         unwritten: list[BaseException] = []
-        how = ""
-        if save_state is not None and run.position > skip:
-            how = "; the state is lost"
-            if run.whole and _tried(lambda: run.save_state(save_state), unwritten):
-                how = f"; go on with --state {save_state} --skip {run.position}"
+        if worth_it:
+            shown = json_of(report) if printed else "".join(f"{line}\n" for line in lines_of(report))
+            _tried(lambda: click.echo(shown, nl=False), unwritten)
         if json_file is not None and worth_it:
             _tried(lambda: write_whole(json_file, json_of(report).encode()), unwritten)
+        how = ""
+        if save_state is not None and (fault is None or run.position > skip):
+            how = "; the state is lost"
+            if run.whole and _tried(lambda: run.save_state(save_state), unwritten):
+                how = f"; go on with --state {shlex.quote(str(save_state))} --skip {run.position}"
     if isinstance(fault, KeyboardInterrupt):
         click.echo("; ".join(["interrupted", *map(_said, unwritten)]) + how, err=True)
         return stop.status
     faults = [error for error in (fault, *unwritten) if error is not None]
     if faults:
         kind = SetupError if isinstance(faults[0], SetupError) else RunFailedError
-        raise kind("; ".join(map(_said, faults)) + (how if fault is not None else ""))
+        raise kind("; ".join(map(_said, faults)) + how)
+    if how and not printed:
+        click.echo(f"state            saved{how}")
     return 0
 
 
@@ -122,13 +130,15 @@ def _tried(write: Callable[[], None], faults: list[BaseException]) -> bool:
     """Whether that could be written; what went wrong is added to `faults`."""
     try:
         write()
-    except (SetupError, RunFailedError, MemoryError) as error:
+    except (SetupError, RunFailedError, MemoryError, OSError) as error:
         faults.append(error)
         return False
     return True
 
 
 def _said(error: BaseException) -> str:
+    if isinstance(error, OSError):  # files have errors of their own
+        return f"cannot be printed: {error.strerror or error}"
     return str(error) or "there is no memory left"
 
 
@@ -155,8 +165,8 @@ class Run:
         self._stream.load_state(path)
         token = load_state_notes(path).get(PENDING)
         if token is not None:
-            if not (token.isdigit() and int(token) < self._model.config.vocab_size):
-                raise SetupError(f"{path}: its {PENDING} is {token!r}, expected a token of the model")
+            if not re.fullmatch("[0-9]{1,18}", token) or int(token) >= self._model.config.vocab_size:
+                raise SetupError(f"{path}: its {PENDING} is {token[:40]!r}, expected a token of the model")
             self._pending = int(token)
 
     def save_state(self, path: Path) -> None:
