@@ -8,12 +8,12 @@ import numpy as np
 from hypothesis import strategies as st
 
 from refspan.conformance.guard import Misbehaviour
-from refspan.conformance.model_cases import LARGE, Answers, ModelCase, cases
+from refspan.conformance.model_cases import LARGE, SIZES, Answers, ModelCase, cases
 from refspan.conformance.programs import Open, Operation, Program, Projected, Size, Step
 from refspan.conformance.registry import Probe, check
 
 NEEDS = ["open_model"]
-COST = 5
+COST = 6
 Cases = Callable[[np.dtype], st.SearchStrategy[ModelCase]]
 
 
@@ -56,15 +56,15 @@ def keeps_all(probe: Probe, case: ModelCase) -> None:
     follow(probe, case)
 
 
-@check("memory.long", clauses=["AGE", "DROP"], needs=NEEDS, cost=10 * COST,
-       cases=some(spans=("beyond the stream",), least_tokens=530, most_tokens=0, rows=(2,), resets=True,
-                  long_block=150))  # fmt: skip
+@check("memory.long", clauses=["AGE", "DROP"], needs=NEEDS, cost=8 * COST,
+       cases=some(shapes=SIZES[:1], spans=("beyond the stream",), least_tokens=530, most_tokens=0, rows=(2,),
+                  resets=True, long_block=150))  # fmt: skip
 def long(probe: Probe, case: ModelCase) -> None:
     """530 tokens that nobody forgets, some in long blocks, rows reset now and then: more than rings and bytes hold."""
     follow(probe, case)
 
 
-@check("memory.large", clauses=["AGE", "DROP"], needs=NEEDS, cost=6 * COST,
+@check("memory.large", clauses=["AGE", "DROP"], needs=NEEDS, cost=5 * COST,
        cases=some(shapes=LARGE, rows=(5, 4), least_tokens=65, most_tokens=100, memory=False,
                   long_block=100))  # fmt: skip
 def large(probe: Probe, case: ModelCase) -> None:
