@@ -9,7 +9,6 @@ from refspan.conformance.backends.reference import NumpyBackend
 from refspan.conformance.model_bounds import History, ModelBounds
 from refspan.conformance.mutants import MUTANTS
 from refspan.conformance.mutants.plain import Plain
-from refspan.conformance.runner import select
 
 LEVELS = ("memory", "model")
 MODEL_MUTANTS = [one.name for one in MUTANTS.values() if one.area in ("memory", "streams", "models")]
@@ -32,8 +31,8 @@ def test_wrong_model_is_rejected(name):
 @pytest.mark.parametrize("name", MODEL_MUTANTS)
 def test_wrong_model_is_a_model(name):
     """A mutant fails for what it says, not for crashing everywhere."""
-    small = [check.id for check in select(LEVELS) if not check.id.endswith((".large", ".long"))]
-    messages = failures(check_backend(MUTANTS[name].make(), checks=small, examples=6))
+    some = ("memory.stream", "memory.keeps_all", "memory.state_machine", "memory.initial", "model.pre_norm")
+    messages = failures(check_backend(MUTANTS[name].make(), checks=some, examples=6))
     crashed = [message for message in messages.values() if " raised " in message]
     assert not crashed or name == "BufferWithoutRoomForTheRamp", crashed
 
