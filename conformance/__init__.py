@@ -55,7 +55,7 @@ def check_backend(
         raise SetupError(f"examples: got {examples}, expected at least 1")
     selected = select(levels, checks)
     session = InProcess(backend, timeout=timeout)
-    report = Report(facts_of_run(session, dtype=dtype, seed=seed, examples=examples))
+    report = Report(facts_of_run(session.facts, dtype=dtype, seed=seed, examples=examples))
     options = f"dtype={dtype!r}, seed={seed}, examples={examples}, timeout={timeout:g}"
 
     def replay(id_: str) -> str:

@@ -18,12 +18,12 @@ from threadpoolctl import ThreadpoolController
 
 import refspan
 from refspan.conformance.cases import AttentionCase, Memories
-from refspan.conformance.guard import Misbehaviour, NotOffered
+from refspan.conformance.guard import Hung, Misbehaviour, NotOffered
 from refspan.conformance.pictures import pictures_of
 from refspan.conformance.protocol import EXAMPLES
 from refspan.conformance.registry import CHECKS, LEVELS, Check, Probe
 from refspan.conformance.report import Failure, Known, Report, Result, Status
-from refspan.conformance.sessions import Hung, Session
+from refspan.conformance.sessions import Session
 from refspan.conformance.tolerance import Expected
 from refspan.conformance.vectors.program_vector import program_vector_of
 from refspan.conformance.vectors.reading import AnyVector
@@ -51,11 +51,11 @@ def select(levels: Sequence[str] = (), ids: Sequence[str] = ()) -> list[Check]:
     return sorted(wanted, key=lambda c: LEVELS.index(c.level))
 
 
-def facts_of_run(session: Session, *, dtype: str, seed: int, examples: int) -> dict[str, str]:
-    """What a report says at its head."""
+def facts_of_run(facts: Mapping[str, str], *, dtype: str, seed: int, examples: int) -> dict[str, str]:
+    """What a report says at its head; `facts` are those of the backend's session."""
     return {
         "refspan": refspan.__version__,
-        **session.facts,
+        **facts,
         "dtype": dtype,
         "seed": str(seed),
         "examples": f"{examples} per check",

@@ -9,8 +9,7 @@ from typing import Any, Protocol
 from refspan.conformance.external.child import Child
 from refspan.conformance.external.worker import command, packed, unpacked
 from refspan.conformance.facts import dtypes_of, facts_of
-from refspan.conformance.guard import Hung as Hung
-from refspan.conformance.guard import Shapes, calls_at_once, guarded_call
+from refspan.conformance.guard import Hung, Shapes, calls_at_once, guarded_call
 from refspan.conformance.programs import Program, run_program
 from refspan.conformance.replies import Question, Reply, answers_in, reply_of
 from refspan.errors import SetupError

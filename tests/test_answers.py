@@ -91,7 +91,7 @@ def test_what_a_backend_says_about_itself(over_the_wire):
     where = f"{odd_answers.__file__}:Named"
     session = session_of(f"{SERVE} {where}" if over_the_wire else where, timeout=5)
     try:
-        facts = facts_of_run(session, dtype="float32", seed=7, examples=3)
+        facts = facts_of_run(session.facts, dtype="float32", seed=7, examples=3)
     finally:
         session.close()
     assert facts["backend"] == "good?[2J fake ?"

@@ -478,14 +478,17 @@ HOSTILE_PROGRAMS = {
 }
 
 
-@pytest.mark.parametrize("name", HOSTILE_PROGRAMS)
-def test_hostile_programs_are_refused_in_one_line(of_programs, name):
-    spoil, message = HOSTILE_PROGRAMS[name]
-    spoil(of_programs)
+def refused_in_one_line(folder, spoil, message):
+    spoil(folder)
     with pytest.raises(SetupError) as caught:
-        read_folder(of_programs)
+        read_folder(folder)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", HOSTILE_PROGRAMS)
+def test_hostile_programs_are_refused_in_one_line(of_programs, name):
+    refused_in_one_line(of_programs, *HOSTILE_PROGRAMS[name])
 
 
 @pytest.mark.parametrize(
@@ -505,12 +508,7 @@ def test_the_linter_finds_in_programs(of_programs, spoil, message):
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_folders_are_refused_in_one_line(folder, name):
-    spoil, message = HOSTILE[name]
-    spoil(folder)
-    with pytest.raises(SetupError) as caught:
-        read_folder(folder)
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
+    refused_in_one_line(folder, *HOSTILE[name])
 
 
 def enormous(folder):
@@ -680,7 +678,8 @@ def attention(shape, memories, operation="span_attention", *, shared=False, posi
         results |= {"position": inputs["position"]} if operation == "span_attention_backward" else {}
     expected = {name: x.astype(float) for name, x in results.items()}
     about = {"check": "attention.output", "clauses": ("LOGIT",), "purpose": "to take long"}
-    return Vector(operation, 8.0, queries, inputs, expected, expected, **about)
+    asked = {"operation": operation, "ramp": 8.0, "queries": queries, "inputs": inputs}
+    return Vector(**asked, expected=expected, bound=expected, **about)
 
 
 SHARED = {"shape": (1, 1, 64, 1), "memories": 1 << 14, "positions": 256, "shared": True}

@@ -101,7 +101,7 @@ def run_checks(load, dtype, share, settings, words):
     session = Worker(load, timeout=60)  # kernels are compiled, and libraries loaded, by the first call
     done = 0
     try:
-        report = Report(facts_of_run(session, dtype=dtype, seed=0, examples=settings.examples))
+        report = Report(facts_of_run(session.facts, dtype=dtype, seed=0, examples=settings.examples))
         for _ in run(session, selected, report, dtype=dtype, examples=settings.examples, replay=replay.format):
             done += 1
             yield {"status": "running", **json.loads(report.to_json())}

@@ -1,6 +1,5 @@
 """Right in the small, wrong at the sizes that models have, or where two axes are as long as each other."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -8,7 +7,7 @@ import numpy as np
 from refspan.config import ModelConfig
 from refspan.conformance.backends.reference import NumpyBackend
 from refspan.conformance.mutants.dense import Array, Dense
-from refspan.conformance.mutants.plain import Layer, Memory, Parameters, Plain, PlainStream
+from refspan.conformance.mutants.plain import Layer, Memory, Plain, PlainStream
 from refspan.conformance.mutants.registry import mutant
 
 
@@ -112,19 +111,10 @@ class WideModelsInTiles(Plain):
 class MemoryOfFourBlocks(NumpyBackend):
     """What was remembered is thrown away after the fourth block."""
 
-    def loss_and_gradients(
-        self,
-        config: ModelConfig,
-        params: Mapping[str, Array],
-        tokens: Array,
-        targets: Array,
-        memory: Any,
-        **options: Any,
-    ) -> Any:
-        count, kept = memory or (0, None)
-        losses, grads, kept = super().loss_and_gradients(
-            config, params, tokens, targets, None if count >= 4 else kept, **options
-        )
+    def loss_and_gradients(self, *asked: Any, **options: Any) -> Any:
+        count, kept = asked[-1] or (0, None)
+        given = (*asked[:-1], None if count >= 4 else kept)
+        losses, grads, kept = super().loss_and_gradients(*given, **options)
         return losses, grads, (count + 1, kept)
 
 
@@ -132,8 +122,7 @@ class MemoryOfFourBlocks(NumpyBackend):
 class LossOfShortBlocks(NumpyBackend):
     """The task loss is divided by 16 tokens at most."""
 
-    def loss_and_gradients(
-        self, config: ModelConfig, params: Parameters, tokens: Array, *rest: Any, **options: Any
-    ) -> Any:
-        (task, span), grads, memory = super().loss_and_gradients(config, params, tokens, *rest, **options)
+    def loss_and_gradients(self, *asked: Any, **options: Any) -> Any:
+        _, _, tokens, *_ = asked
+        (task, span), grads, memory = super().loss_and_gradients(*asked, **options)
         return (task * max(1, tokens.shape[1] / 16), span), grads, memory

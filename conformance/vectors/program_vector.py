@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from hashlib import blake2b
 from json import dumps
 from typing import Any
 
@@ -14,6 +13,7 @@ from refspan.conformance.protocol import Array
 from refspan.conformance.tolerance import Expected
 from refspan.conformance.training_cases import TrainingCase, expected_training
 from refspan.conformance.vectors.program_json import to_json
+from refspan.conformance.vectors.vector import Frozen
 
 NEEDS = {"stream": "open_model", "training": "loss_and_gradients"}
 """Operation of a vector -> what a backend must offer."""
@@ -21,39 +21,19 @@ LEVELS = ("memory", "model", "training")
 """Of the checks that ask programs."""
 
 
-@dataclass(frozen=True, repr=False)
-class ProgramVector:
-    """What is asked, and what is right."""
+@dataclass(frozen=True, repr=False, kw_only=True)
+class ProgramVector(Frozen):
+    """A program ("stream" or "training"): results go by the names of `program_json.shapes_of_answers`.
 
-    operation: str
-    """"stream" or "training"."""
+    Of `memory_size` the most that may be held is expected. Bounds are to be broadcast to the shapes of results.
+    """
+
     program: tuple[Operation, ...]
-    expected: Mapping[str, Array]
-    """float64, by the names of `program_json.shapes_of_answers`; of `memory_size` the most that may be held."""
-    bound: Mapping[str, Array]
-    """float64, how far a result may be from it, to be broadcast to its shape; inf decides nothing."""
-    check: str
-    """Where it comes from."""
-    clauses: tuple[str, ...]
-    purpose: str
-    """What it is for."""
-    notes: tuple[str, ...] = ()
-    """How it was made, in words."""
-    kills: tuple[str, ...] = ()
-    """Mutants (`python -m refspan.conformance.mutants`) that it rejects."""
 
-    def __repr__(self) -> str:
-        return f"ProgramVector({self.id})"
-
-    @property
-    def id(self) -> str:
-        """From what is asked, and nothing else: it stays while the program stays."""
+    def question(self) -> tuple[str, Mapping[str, Array]]:
+        """The calls as JSON; their tensors."""
         said, tensors = to_json(self.program)
-        digest = blake2b(dumps(said, sort_keys=True).encode(), digest_size=8)
-        for name, array in sorted(tensors.items()):
-            digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
-            digest.update(np.ascontiguousarray(array).tobytes())
-        return f"{self.operation}-{digest.hexdigest()}"
+        return dumps(said, sort_keys=True), tensors
 
     @property
     def dtype(self) -> str:
@@ -65,10 +45,6 @@ class ProgramVector:
     def describe(self) -> list[str]:
         """The program in words and numbers, a line each."""
         return ModelCase(self.program, self.notes).describe()
-
-    def expectations(self) -> dict[str, Expected]:
-        """By name of the result."""
-        return {name: Expected(value, self.bound[name]) for name, value in self.expected.items()}
 
 
 def program_vector_of(
@@ -88,15 +64,15 @@ def program_vector_of(
     training = isinstance(program[0], Learn)
     right = dict(_taught(program) if training else _streamed(program))
     return ProgramVector(
-        "training" if training else "stream",
-        program,
-        {name: np.array(one.value, np.float64) for name, one in right.items()},
-        {name: np.array(one.bound, np.float64) for name, one in right.items()},
-        check,
-        clauses,
-        purpose,
-        notes,
-        kills,
+        operation="training" if training else "stream",
+        program=program,
+        expected={name: np.array(one.value, np.float64) for name, one in right.items()},
+        bound={name: np.array(one.bound, np.float64) for name, one in right.items()},
+        check=check,
+        clauses=clauses,
+        purpose=purpose,
+        notes=notes,
+        kills=kills,
     )
 
 

@@ -1,4 +1,4 @@
-"""One frozen case of an attention step."""
+"""Frozen cases: what they have in common, and those of an attention step."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,20 +27,15 @@ OF_LEVEL = {
 """Level of a check -> the operation that it asks for."""
 
 
-@dataclass(frozen=True, repr=False)
-class Vector:
-    """What is asked, and what is right."""
+@dataclass(frozen=True, repr=False, kw_only=True)
+class Frozen:
+    """What all frozen cases have in common."""
 
     operation: str
-    ramp: float
-    queries: int
-    """M."""
-    inputs: Mapping[str, Array]
-    """By the names of the protocol."""
     expected: Mapping[str, Array]
-    """float64: `mask`, `output`, or the gradients by name."""
+    """float64, what is right, by the names of results."""
     bound: Mapping[str, Array]
-    """float64, how far a result may be from it, element by element; inf decides nothing."""
+    """float64, how far a result may be from it; inf decides nothing."""
     check: str
     """Where it comes from."""
     clauses: tuple[str, ...]
@@ -52,16 +47,40 @@ class Vector:
     """Mutants (`python -m refspan.conformance.mutants`) that it rejects."""
 
     def __repr__(self) -> str:
-        return f"Vector({self.id})"
+        return f"{type(self).__name__}({self.id})"
 
     @property
     def id(self) -> str:
         """From what is asked, and nothing else: it stays while the case stays."""
-        digest = blake2b(f"{self.operation} {self.ramp!r} {self.queries}".encode(), digest_size=8)
-        for name, array in sorted(self.inputs.items()):
+        words, tensors = self.question()
+        digest = blake2b(words.encode(), digest_size=8)
+        for name, array in sorted(tensors.items()):
             digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
             digest.update(np.ascontiguousarray(array).tobytes())
         return f"{self.operation}-{digest.hexdigest()}"
+
+    def question(self) -> tuple[str, Mapping[str, Array]]:
+        """All that is asked: in words, and tensors by name."""
+        raise NotImplementedError
+
+    def expectations(self) -> dict[str, Expected]:
+        """By name of the result."""
+        return {name: Expected(value, self.bound[name]) for name, value in self.expected.items()}
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
+class Vector(Frozen):
+    """One attention step: results are `mask`, `output`, or the gradients by name, bounds as large as these."""
+
+    ramp: float
+    queries: int
+    """M."""
+    inputs: Mapping[str, Array]
+    """By the names of the protocol."""
+
+    def question(self) -> tuple[str, Mapping[str, Array]]:
+        """Operation and sizes; inputs."""
+        return f"{self.operation} {self.ramp!r} {self.queries}", self.inputs
 
     @property
     def dtype(self) -> str:
@@ -83,10 +102,6 @@ class Vector:
     def describe(self) -> list[str]:
         """The case in words and numbers, a line each."""
         return self.memories.describe() if self.operation == "soft_mask" else self.case.describe()
-
-    def expectations(self) -> dict[str, Expected]:
-        """By name of the result."""
-        return {name: Expected(value, self.bound[name]) for name, value in self.expected.items()}
 
 
 def vector_of(
@@ -120,17 +135,17 @@ def vector_of(
         results |= {name: expected} if name in results else {}
     inputs = {name: np.array(arrays[name]) for name in INPUTS[operation] if arrays.get(name) is not None}
     return Vector(
-        operation,
-        float(memories.ramp),
-        memories.queries,
-        inputs,
-        {name: _full(result.value, shapes[name]) for name, result in results.items()},
-        {name: _full(result.bound, shapes[name]) for name, result in results.items()},
-        check,
-        clauses,
-        purpose,
-        memories.notes,
-        kills,
+        operation=operation,
+        ramp=float(memories.ramp),
+        queries=memories.queries,
+        inputs=inputs,
+        expected={name: _full(result.value, shapes[name]) for name, result in results.items()},
+        bound={name: _full(result.bound, shapes[name]) for name, result in results.items()},
+        check=check,
+        clauses=clauses,
+        purpose=purpose,
+        notes=memories.notes,
+        kills=kills,
     )
 
 

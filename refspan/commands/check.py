@@ -6,7 +6,6 @@ from contextlib import suppress
 from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -148,8 +147,8 @@ def command(
         raise SetupError(f"backend {backend_name!r} does not take dtype {dtype}; it takes {taken}")
     if vectors is not None and session is not None:
         checks = checks_of(vectors, session.dtypes)
-    head = session or SimpleNamespace(facts={"backend": backend_name})
-    report = Report(facts_of_run(head, dtype=dtype, seed=seed, examples=examples), planned=len(checks))
+    facts = {"backend": backend_name} if session is None else session.facts
+    report = Report(facts_of_run(facts, dtype=dtype, seed=seed, examples=examples), planned=len(checks))
     replay = ["refspan", "check", "--backend", backend_name]
     for name, value in (("--device", device), ("--form", form)):
         replay += [name, value] if value else []

@@ -45,7 +45,7 @@ def command(
     """Continue a text with a model that `refspan export model` wrote, and print what it adds as it comes."""
     import numpy as np
 
-    from refspan.commands.run import Run
+    from refspan.commands.scoring import Run
     from refspan.export import OnnxModel
     from refspan.export.sampling import check_sampling, sample
     from refspan.export.tokens import TokenFile
