@@ -41,7 +41,7 @@ from refspan.files import write_whole  # noqa: E402
 PER_SEED = 500
 LOOPS = "plain Python"
 SLOW = (LOOPS, "ClipsNegativeSpans", "LearnsAtTheKinks")
-"""Asked checks of cost 1 only. The last two differ from Dense at kinks alone, and those are the cheap checks' matter."""
+"""Asked checks of cost 1 only. The last two differ from Dense at kinks alone, which are among those."""
 
 
 def run_with():
