@@ -5,7 +5,7 @@ Numerical Algorithms, ch. 3): a sum of n products in arithmetic of unit roundoff
 sum of their magnitudes, in whatever order it is added up, and every later step passes the error on times its own
 derivative. Expected values come from the float64 reference; u is that of the arithmetic under test.
 
-Three things need more than a multiple of u.
+Four things need more than a multiple of u.
 
 - Mask. Near its two kinks and where it vanishes, the mask is only known to lie in an interval, because span - distance
   is rounded (float32 at a span of 131072: steps of 1/128). Where span and ramp lie on a common binary grid on which all
@@ -14,6 +14,9 @@ Three things need more than a multiple of u.
   sum_i a_i eta_i |v_i - o| / (1 - sum_i a_i eta_i). When that says nothing (logits of 1e4 in half precision, or all
   survivors uncertain), the output must still lie in the hull of the values that may be alive: weights are >= 0 and sum
   to 1.
+- Gradients. Weights may be made again in backward, from what forward kept of the normaliser: exp(s' - log Z), where s'
+  is rounded otherwise than the s in Z. So a weight may exceed 1 by eta, and the weights of a query need not sum to 1.
+  They are weights still, so that twice of what they should be is the most, however coarse the logits.
 - Gradient of span. At a kink any value between the two one-sided derivatives conforms. So a query for which the mask
   may lie on either side adds its whole contribution to the bound.
 """
@@ -195,14 +198,15 @@ class AttentionBounds:
 
         grad_a = g @ np.swapaxes(v, -1, -2)  # da_ti = g_t . v_i
         grad_a_error = u * (head_size + 2) * (np.abs(g) @ np.swapaxes(np.abs(v), -1, -2)) + tiny
+        again = np.minimum(self.eta, 1)  # of a weight that backward made again
         c = np.sum(g * self.output, axis=-1, keepdims=True)  # [B, H, M, 1]
         c_error = np.sum(np.abs(g) * (self.output_bound + u * (head_size + 4) * np.abs(self.output)), -1, keepdims=True)
-        c_error = c_error + u * (memories + 2) * np.sum(self.a * np.abs(grad_a), axis=-1, keepdims=True)
+        c_error = c_error + np.sum((again + u * (memories + 2)) * self.a * np.abs(grad_a), axis=-1, keepdims=True)
         gap, gap_error = np.abs(grad_a - c), grad_a_error + c_error
 
         a = self.a
         a_error = (self.moved + a * self.all_moved) * self.growth + 4 * u * a + tiny
-        largest = 1 + u * (memories + 8)  # a weight lies in [0, 1], give or take its own rounding
+        largest = (1 + again) * (1 + u * (memories + 8))  # a weight lies in [0, 1], give or take its own rounding
         a_error = np.where(self.possible, np.where(a_error < largest, a_error, largest), 0)
         grad_s = a * gap
         grad_s_error = a_error * (gap + gap_error) + a * gap_error + 8 * u * a * gap + np.where(self.possible, tiny, 0)

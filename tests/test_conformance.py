@@ -197,6 +197,27 @@ class TestTolerance:
         assert total > 10_000
         assert large / total < most
 
+    def test_weights_may_be_made_again_in_backward(self):
+        """As kernels do that keep the normaliser only: the logit is added up in another order than the one in it.
+
+        The one memory has just expired, which float32 cannot tell at its age. Where it seems alive its weight is 1.
+        """
+        from refspan.conformance.cases import AttentionCase
+
+        rng = np.random.default_rng(0)
+        above_one = 0
+        for _ in range(100):
+            q, k, v, g = (rng.normal(size=(1, 1, 1, 8)).astype(np.float32) for _ in range(4))
+            q, k = q * np.float32(30), k * np.float32(30)
+            memories = wrong_memories([2.0**34 + 2**11], [2**34 + 2**11 + 4], ramp=2.0)
+            terms = (q * k).ravel() / np.float32(np.sqrt(8))
+            forward, backward = (np.add.accumulate(order)[-1] for order in (terms, terms[::-1]))
+            weight = np.exp(backward - forward)
+            bounds = AttentionBounds(AttentionCase(q, k, v, memories, grad_out=g)).expected_gradients()["value"]
+            assert (np.abs(weight * g - bounds.value) <= bounds.bound).all()
+            above_one += weight > 1 + 20 * np.finfo(np.float32).eps
+        assert above_one > 10
+
     def test_mask_bound_is_a_few_units_in_the_last_place(self):
         case = wrong_memories([10.3, 10.3, 9.0], [11, 12, 10], ramp=3.0)
         assert expected_mask(case).bound.max() < 64 * np.finfo(np.float32).eps
