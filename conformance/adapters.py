@@ -9,16 +9,18 @@
 function, unless there is a function of their own.
 """
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
 
+from refspan.conformance.guard import Misbehaviour
 from refspan.conformance.protocol import Array
 from refspan.errors import SetupError
 
 Function = Callable[..., Any]
+ARGUMENTS = ("query", "key", "value", "span", "age", "position")
 
 
 class ArrayBackend:
@@ -61,33 +63,49 @@ class ArrayBackend:
 
     def _mask(self, span: Array, age: Array, *, queries: int, ramp: float) -> Array:
         assert self._soft_mask is not None  # noqa: S101
-        mask = self._soft_mask(self._to_library(span), self._to_library(age), queries=queries, ramp=ramp)
-        return self._to_numpy(mask)
+        with self._handing("soft_mask", {"span": span, "age": age}) as given:
+            return self._to_numpy(self._soft_mask(*given.values(), queries=queries, ramp=ramp))
 
     def _attend(self, *arrays: Array, ramp: float, position: Array | None = None) -> Array:
         assert self._forward is not None  # noqa: S101
-        table = None if position is None else self._to_library(position)
-        return self._to_numpy(self._forward(*map(self._to_library, arrays), ramp=ramp, position=table))
+        named = dict(zip(ARGUMENTS, (*arrays, position), strict=True))
+        with self._handing("span_attention", named) as given:
+            table = given.pop("position", None)
+            return self._to_numpy(self._forward(*given.values(), ramp=ramp, position=table))
 
     def _gradients(
         self, grad_out: Array, *arrays: Array, ramp: float, position: Array | None = None
     ) -> dict[str, Array]:
-        given = [self._to_library(array) for array in arrays]
-        upstream, table = self._to_library(grad_out), None if position is None else self._to_library(position)
-        if self._backward is not None:
-            grads = self._backward(upstream, *given, ramp=ramp, position=table)
-        else:
-            names = ("query", "key", "value", "span")
-            leaves = dict(zip(names, given[:4], strict=True)) | ({} if table is None else {"position": table})
-            forward, age = self._forward, given[4]
-            assert forward is not None  # noqa: S101
+        named = {"grad_out": grad_out, **dict(zip(ARGUMENTS, (*arrays, position), strict=True))}
+        with self._handing("span_attention_backward", named) as given:
+            upstream = given.pop("grad_out")
+            if self._backward is not None:
+                table = given.pop("position", None)
+                grads = self._backward(upstream, *given.values(), ramp=ramp, position=table)
+            else:
+                grads = self._derived(upstream, given, ramp)
+            return {name: self._to_numpy(grad) for name, grad in grads.items() if grad is not None}
 
-            def function(**leaves: Any) -> Any:
-                # by name: a library may hand them back in another order
-                return forward(*(leaves[n] for n in names), age, ramp=ramp, position=leaves.get("position"))
+    def _derived(self, upstream: Any, given: dict[str, Any], ramp: float) -> Mapping[str, Any]:
+        forward, age = self._forward, given.pop("age")
+        assert forward is not None  # noqa: S101
 
-            grads = self._differentiate(function, leaves, upstream)
-        return {name: self._to_numpy(grad) for name, grad in grads.items() if grad is not None}
+        def function(**leaves: Any) -> Any:
+            # by name: a library may hand them back in another order
+            first = [leaves[name] for name in ARGUMENTS[:4]]
+            return forward(*first, age, ramp=ramp, position=leaves.get("position"))
+
+        return self._differentiate(function, given, upstream)
+
+    @contextmanager
+    def _handing(self, operation: str, arrays: Mapping[str, Array | None]) -> Iterator[dict[str, Any]]:
+        """The library's own arrays; raises Misbehaviour if they are changed meanwhile."""
+        named = {name: array for name, array in arrays.items() if array is not None}
+        given = {name: self._to_library(array) for name, array in named.items()}
+        yield dict(given)
+        for name, array in named.items():
+            if not np.array_equal(self._to_numpy(given[name]), array, equal_nan=True):
+                raise Misbehaviour(f"{operation} changed its argument {name!r}")
 
 
 def torch_backend(name: str, *, device: str = "cpu", **functions: Function | None) -> ArrayBackend:

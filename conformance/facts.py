@@ -21,12 +21,17 @@ def facts_of(backend: Any) -> dict[str, str]:
     try:
         name = getattr(backend, "name", type(backend).__name__)
         describe = getattr(backend, "facts", None)
-        said = dict(describe() or {}) if callable(describe) else {}
+        said = _pairs(describe() or {}) if callable(describe) else {}
     except SetupError:
         raise
     except Exception as error:
         raise SetupError(f"name or facts() of the backend: {type(error).__name__}: {one_line(error)}") from error
     return {"backend": one_line(name), **plain_facts(said)}
+
+
+def _pairs(said: Any) -> dict[Any, Any]:
+    """A mapping or pairs, of which there may be no end, as `dict` takes them."""
+    return dict(islice(said.items() if isinstance(said, Mapping) else said, MOST_FACTS))
 
 
 def plain_facts(said: Mapping[Any, Any]) -> dict[str, str]:

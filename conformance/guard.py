@@ -139,10 +139,10 @@ def calls_at_once(
 
 
 def _hand_over(name: str, value: Any, buffers: dict[tuple[str, tuple[int, ...], str], Array]) -> Any:
-    """A read-only array with the numbers of `value`, in the memory of an earlier argument if one fits."""
+    """A read-only array in C order with the numbers of `value`, in the memory of an earlier argument if one fits."""
     if not isinstance(value, np.ndarray):
         return value
-    buffer = buffers.setdefault((name, value.shape, str(value.dtype)), np.empty_like(value))
+    buffer = buffers.setdefault((name, value.shape, str(value.dtype)), np.empty(value.shape, value.dtype))
     buffer.flags.writeable = True
     buffer[...] = value
     buffer.flags.writeable = False
@@ -170,11 +170,12 @@ def check_array(where: str, array: Any, shape: tuple[int, ...], dtype: str, hand
     """A copy of `array`, if it is a NumPy array of this shape and dtype that shares no memory with what was handed."""
     if not isinstance(array, np.ndarray) or isinstance(array, np.ma.MaskedArray):
         raise Misbehaviour(f"{where} {type(array).__name__}, expected a NumPy array")
-    if array.shape != shape:
-        raise Misbehaviour(f"{where} shape {array.shape}, expected {shape}")
-    if array.dtype != np.dtype(dtype):
-        raise Misbehaviour(f"{where} dtype {array.dtype}, expected {dtype}")
+    plain = np.ndarray.view(array, np.ndarray)  # a subclass may say anything of itself
+    if plain.shape != shape:
+        raise Misbehaviour(f"{where} shape {plain.shape}, expected {shape}")
+    if plain.dtype != np.dtype(dtype):
+        raise Misbehaviour(f"{where} dtype {plain.dtype}, expected {dtype}")
     for name, argument in handed.items():
-        if isinstance(argument, np.ndarray) and np.may_share_memory(array, argument):
+        if isinstance(argument, np.ndarray) and np.may_share_memory(plain, argument):
             raise Misbehaviour(f"{where} memory of its argument {name!r}")
-    return np.array(array)
+    return np.array(plain)

@@ -3,7 +3,9 @@
 import importlib
 import importlib.util
 import inspect
+import shlex
 import sys
+from contextlib import suppress
 from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -58,6 +60,18 @@ def load_backend(text: str, **options: Any) -> Backend:
     if not any(getattr(found, operation, None) is not None for operation in OPERATIONS):
         raise SetupError(f"backend {text!r} offers no operation; expected one of {', '.join(OPERATIONS)}")
     return found  # type: ignore[no-any-return]
+
+
+def files_of(text: str) -> list[Path]:
+    """Files that a backend is made of, as far as its name says: the run would be lost with them."""
+    if text.startswith(EXEC):
+        with suppress(ValueError):  # a quotation without end, which is refused elsewhere
+            return [Path(word) for word in shlex.split(text.removeprefix(EXEC))]
+        return []
+    if text.startswith(ONNX):
+        return [Path(name) for name in text.removeprefix(ONNX).split(",")]
+    module = text.rpartition(":")[0]
+    return [Path(module if module.endswith(".py") else module.replace(".", "/") + ".py")]
 
 
 def _command(text: str, options: dict[str, Any]) -> Backend:

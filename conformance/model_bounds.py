@@ -84,13 +84,14 @@ class ModelBounds:
         dtype_of_result = self.u * np.abs(value[0])
         return Expected(value[0], SAFETY * np.where(np.isnan(moved), np.inf, moved) + dtype_of_result)
 
-    def live(self, layer: int, after: int) -> int:
-        """Most memories that a later query may still see after this many tokens, given how spans round."""
+    def live(self, layer: int, after: int) -> tuple[int, int]:
+        """Fewest and most memories that a later query may still see after this many tokens, given how spans round."""
         span, age = self.spans[layer], self.ages[layer] + after
         slack = SAFETY * np.max(np.abs(span[1:] - span[0]), axis=0) + 4 * self.span_u * (
             np.abs(span[0]) + np.abs(age) + self.config.ramp + self.history.block
         )
-        return int(np.sum((age >= 1) & (span[0] + self.config.ramp - age > -slack)))
+        left = span[0] + self.config.ramp - age
+        return int(np.sum((age >= 1) & (left > slack))), int(np.sum((age >= 1) & (left > -slack)))
 
     def _run(self) -> Array:
         """Log-probabilities of all samples.   [1 + S, T, V]."""

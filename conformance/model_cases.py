@@ -260,12 +260,16 @@ class Answers:
             bounds.append(expected.bound[end - length : end])
         return Expected(np.stack(values), np.stack(bounds))
 
-    def most_held(self, i: int) -> list[int]:
-        """Memories that each layer may hold at operation i for its fullest row, granularity 1 (BOUND)."""
+    def held(self, i: int) -> list[tuple[int, int]]:
+        """Fewest and most memories that each layer may hold at operation i for its fullest row, granularity 1 (BOUND).
+
+        Rounding decides about those at the very end of their ramps. Fewer would forget what is alive.
+        """
         place = self._of[i]
         rows = [(self._of_row(place, b, row), len(row.tokens)) for b, row in self._rows[i].items()]
         layers = range(self._opened[place].config.layers)
-        return [max(bounds.live(layer, read) for bounds, read in rows) for layer in layers]
+        live = [[bounds.live(layer, read) for bounds, read in rows] for layer in layers]
+        return [(max(least for least, _ in of_layer), max(most for _, most in of_layer)) for of_layer in live]
 
     def _of_row(self, place: int, b: int, row: _Row) -> ModelBounds:
         """Bounds of a history of which this row's is the beginning: the longest that the program has."""

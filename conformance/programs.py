@@ -262,7 +262,7 @@ class _Runner:
         if said.get(name) is None:
             raise Misbehaviour(f"{what}: it is missing")
         try:
-            array = np.asarray(said[name])
+            array = np.array(said[name], subok=False)
             numbers = array.dtype.kind in "fiu"
         except Exception:  # noqa: BLE001 - whatever it is, it is no array
             numbers = False
@@ -270,11 +270,11 @@ class _Runner:
             raise Misbehaviour(f"{what}: got {shown(said[name])}, expected an array of numbers")
         if array.ndim != len(shape) or any(w not in ("P", s) for w, s in zip(shape, array.shape, strict=True)):
             raise Misbehaviour(f"{what}: got shape {array.shape}, expected an array of shape {shape}")
-        return np.array(array)
+        return array
 
     def _hand_over(self, what: str, array: Array) -> Array:
-        """A read-only copy, to be looked at again in the end."""
-        handed = np.array(array)
+        """A read-only copy in C order, to be looked at again in the end."""
+        handed = np.array(array, order="C")
         handed.flags.writeable = False
         self._handed.append((what, handed, handed.tobytes()))
         return handed

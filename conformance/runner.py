@@ -126,16 +126,24 @@ def _run_one(
     # (case, what was wrong, the one question that showed it and what was expected, or else the case itself)
     shrunk: tuple[Any, Misbehaviour, Any, Mapping[str, Expected]] | None = None
     lost: tuple[Any, Misbehaviour, Any, Mapping[str, Expected]] | None = None  # hung or died: asked once, not shrunk
+    declined: NotOffered | None = None  # before anything was wrong
 
     def ask(case: Any) -> None:
-        nonlocal asked, shrunk, lost
+        nonlocal asked, shrunk, lost, declined
         if lost is not None:
             raise lost[1]
+        if declined is not None:
+            raise declined
         tick(check, asked)
         asked += 1
         try:
             with np.errstate(all="ignore"):  # answers may be infinite, or anything
                 check.body(probe, case)
+        except NotOffered as error:
+            if shrunk is not None:
+                return  # a smaller case than the one that showed what is wrong, and of no use
+            declined = error
+            raise
         except Misbehaviour as error:
             alone = len(probe.asked) == 1
             found = case, error, probe.asked[0] if alone else case, dict(probe.compared) if alone else {}
@@ -211,11 +219,13 @@ def _ask_all(check: Check, dtype: np.dtype, seed: int, examples: int, ask: Calla
         return
     left, turn = max(1, examples // check.cost), 0
     while left > 0:
-        # Each run begins with the plainest case there is; once is enough.
-        count = min(AT_ONCE, left + (turn > 0))
+        # Each run begins with the plainest case there is. Once is enough, and not as the very first question: it has
+        # no memories, so that a backend whose first call goes wrong would be right all the same.
+        last = left <= AT_ONCE
+        count = min(AT_ONCE, left + (not last))
         own_seed = zlib.crc32(f"{seed} {check.id} {dtype} {turn}".encode())
-        _ask_some(cases, own_seed, count, _but_the_first(ask) if turn else ask)
-        left -= count - (turn > 0)
+        _ask_some(cases, own_seed, count, ask if last else _but_the_first(ask))
+        left -= count - (not last)
         turn += 1
 
 

@@ -47,16 +47,18 @@ def check_distinct(outputs: Mapping[str, Path | None], inputs: Mapping[str, Path
 
     Args:
         outputs: what a file is (the name of an option, for example) -> its path.
-        inputs: likewise.
+        inputs: likewise; nothing is written into a folder that is one.
     """
     written: dict[Path, str] = {}
     for name, path in outputs.items():
         if path is None:
             continue
+        target = path.resolve()
         for other, read in inputs.items():
             if read is not None and _same_file(path, read):
                 raise SetupError(f"{name} {path}: is {other} too, which would be lost; name another file")
-        target = path.resolve()
+            if read is not None and read.is_dir() and target.is_relative_to(read.resolve()):
+                raise SetupError(f"{name} {path}: is within {other}; name a file elsewhere")
         if target in written:
             raise SetupError(f"{name} {path}: is {written[target]} too; name another file")
         written[target] = name

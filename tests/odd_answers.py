@@ -139,10 +139,38 @@ class Shapeless(np.ndarray):
 
 
 class ReturnsShapeless(NumpyBackend):
-    """Fails where nobody expects it: when the answer is looked at."""
+    """An array whatever it says of itself."""
 
     def soft_mask(self, span, age, *, queries, ramp):
         return super().soft_mask(span, age, queries=queries, ramp=ramp).view(Shapeless)
+
+
+class Restless(dict):
+    def get(self, name, default=None):
+        raise RuntimeError("not now")
+
+
+class ReturnsRestless(NumpyBackend):
+    """Fails where nobody expects it: when the answer is looked at."""
+
+    def span_attention_backward(self, *arrays, **options):
+        return Restless(super().span_attention_backward(*arrays, **options))
+
+
+class ReturnsWhatSaysItFits(NumpyBackend):
+    """One number, that says to be whatever shape and type is wanted."""
+
+    def soft_mask(self, span, age, *, queries, ramp):
+        class Fits(np.ndarray):
+            shape = property(lambda _: (*span.shape[:1], queries, *span.shape[1:]))
+            dtype = property(lambda _: span.dtype)
+
+        return np.zeros(1, np.float64).view(Fits)
+
+
+class EndlessFacts(NumpyBackend):
+    def facts(self):
+        return ((f"fact {i}", str(i)) for i in itertools.count())
 
 
 class Named(NumpyBackend):

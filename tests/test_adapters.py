@@ -5,8 +5,9 @@ import math
 import numpy as np
 import pytest
 
+import refspan
 from refspan.conformance import check_backend, load_backend
-from refspan.conformance.adapters import jax_backend, torch_backend
+from refspan.conformance.adapters import ArrayBackend, jax_backend, torch_backend
 from refspan.conformance.runner import select
 from refspan.errors import SetupError
 
@@ -195,3 +196,36 @@ class TestGraphsElsewhere:
         with pytest.raises(SetupError, match=said) as caught:
             load_backend(f"onnx:{tmp_path / name}")
         assert "\n" not in str(caught.value)
+
+
+class OnNumpy(ArrayBackend):
+    """The adapter on NumPy's own arrays, which can be changed."""
+
+    def __init__(self, **functions):
+        own = {"to_library": np.array, "to_numpy": np.array, "differentiate": None, "facts": {}}
+        super().__init__("mine", **own, **functions)
+
+
+def test_a_kernel_that_changes_its_arguments():
+    def soft_mask(span, age, *, queries, ramp):
+        mask = refspan.soft_mask(span, age, queries=queries, ramp=ramp)
+        age += 7
+        return mask
+
+    def attention(*arrays, position=None, ramp):
+        out, _ = refspan.span_attention(*arrays, position=position, ramp=ramp)
+        if position is not None:
+            position += 1
+        return out
+
+    def backward(grad_out, *arrays, **options):
+        _, saved = refspan.span_attention(*arrays, **options)
+        grads = refspan.span_attention_backward(grad_out, saved)._asdict()
+        grad_out *= 2
+        return grads
+
+    wrong = OnNumpy(soft_mask=soft_mask, span_attention=attention, span_attention_backward=backward)
+    found = failures(check_backend(wrong, checks=SOME, examples=20))
+    assert found["mask.values"] == "soft_mask changed its argument 'age'"
+    assert found["attention.position"] == "span_attention changed its argument 'position'"
+    assert found["gradient.values"] == "span_attention_backward changed its argument 'grad_out'"

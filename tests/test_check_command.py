@@ -17,6 +17,8 @@ from refspan.__main__ import cli
 from refspan.conformance.mutants import dense
 from refspan.conformance.report import Report, Result
 from refspan.conformance.runner import select
+from refspan.conformance.vectors.folder import write_folder
+from refspan.conformance.vectors.frozen import frozen_vectors
 from refspan.errors import SetupError
 from refspan.files import write_whole
 
@@ -131,7 +133,7 @@ def test_json(tmp_path):
     assert tree["facts"]["backend"] == "Epsilon"
     by_id = {result["check"]: result for result in tree["results"]}
     assert set(by_id) == {c for c in CHECKS if c.startswith("attention.")}
-    assert by_id["attention.output"]["status"] == "passed"
+    assert by_id["attention.empty"]["status"] == "passed"
     failure = by_id["attention.lone_survivor"]["failure"]
     assert failure["replay"].startswith("refspan check --backend")
     assert tree["summary"]["failed"] == sum(r["status"] == "failed" for r in tree["results"])
@@ -368,12 +370,24 @@ def test_a_report_that_cannot_be_written_takes_nothing_with_it(tmp_path, monkeyp
         (["--json", "r.x", "--html", "r.x"], "--html r.x: is --json too; name another file"),
         (["--json", "r", "--html", "r.partial"], "--json, if interrupted, r.partial: is --html too; name another file"),
         (["--json", "known", "--expected-failures", "known"], "--json known: is --expected-failures too, which would"),
+        (
+            ["--json", "vectors/manifest.json", "--vectors", "vectors"],
+            "vectors/manifest.json: is within --vectors; name",
+        ),
+        (["--html", "vectors/x.html", "--save-failures", "vectors"], "vectors/x.html: is within --save-failures; name"),
+        (["--json", "mine.py", "--backend", "mine.py:B"], "--json mine.py: is mine.py of --backend too, which would"),
+        (["--json", "mine.py", "--backend", "mine:B"], "--json mine.py: is mine.py of --backend too, which would be"),
+        (["--badge", "a.onnx", "--backend", "onnx:b.onnx,a.onnx"], "--badge a.onnx: is a.onnx of --backend too, which"),
+        (["--junit", "mine.py", "--backend", "exec:python3 ./mine.py"], "--junit mine.py: is mine.py of --backend too"),
         (["--json", "/dev/stdout"], "/dev/stdout: is not a regular file, and would have to be replaced"),
         (["--json", "-"], "-: standard output takes no file here; name one"),
     ],
 )
 def test_reports_that_would_replace_something(tmp_path, options, said):
-    (tmp_path / "known").write_text("")
+    for name in ("known", "mine.py", "a.onnx"):
+        (tmp_path / name).write_text("")
+    if "--vectors" in options or "--save-failures" in options:
+        write_folder(tmp_path / "vectors", frozen_vectors()[:1])
     ran = check("--backend", "numpy", *options, cwd=tmp_path)
     assert (ran.returncode, ran.stdout, ran.stderr.count("\n")) == (2, "", 1)
     assert said in ran.stderr

@@ -11,8 +11,9 @@ import pytest
 from refspan.clauses import CLAUSES
 from refspan.conformance import check_backend, load_backend
 from refspan.conformance.backends.reference import NumpyBackend
+from refspan.conformance.guard import NotOffered
 from refspan.conformance.mutants import MUTANTS
-from refspan.conformance.mutants.dense import ClipsNegativeSpans, Dense, LearnsAtTheKinks
+from refspan.conformance.mutants.dense import ClipsNegativeSpans, Dense, DividesLate, LearnsAtTheKinks
 from refspan.conformance.registry import CHECKS, LEVELS
 from refspan.conformance.runner import select
 from refspan.conformance.sessions import Worker
@@ -57,7 +58,7 @@ def test_recorded_results_reject_wrong_backends(name):
 
 DTYPES = ["float16", "float32", "float64"]
 
-RIGHT = [NumpyBackend, Dense, ClipsNegativeSpans, LearnsAtTheKinks]
+RIGHT = [NumpyBackend, Dense, ClipsNegativeSpans, DividesLate, LearnsAtTheKinks]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -227,6 +228,53 @@ def wrong_memories(span, age, *, ramp, queries=1):
     from refspan.conformance.cases import Memories
 
     return Memories(np.array([span], np.float32), np.array([age], np.int64), ramp, queries)
+
+
+class DeclinesSome(NumpyBackend):
+    """Wrong for three queries and more, and does not take some that are smaller."""
+
+    def span_attention(self, query, key, *others, **options):
+        if query.shape[2] == 1 and key.shape[2] >= 2:
+            raise NotOffered("one query")
+        wrong = query.shape[2] >= 3 and key.shape[2] >= 2
+        return super().span_attention(query, key, *others, **options) + query.dtype.type(wrong)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_what_is_declined_takes_nothing_back(seed):
+    """A failure stays one, whatever the backend says to smaller cases."""
+    log = []
+
+    class Logs(DeclinesSome):
+        def span_attention(self, *arrays, **options):
+            log.append(arrays[0].shape[2] >= 3 and arrays[1].shape[2] >= 2)
+            try:
+                return super().span_attention(*arrays, **options)
+            except NotOffered:
+                log[-1] = None
+                raise
+
+    report = check_backend(Logs(), checks=("attention.output",), seed=seed)
+    first = next(one for one in log if one is not False)
+    assert report.results[0].status == ("failed" if first else "not offered")
+    assert first or len(log) < 100  # once declined, it is not asked on
+
+
+class TakesCOrder(NumpyBackend):
+    """Looks at the memory itself, as a kernel does."""
+
+    def span_attention(self, *arrays, **options):
+        arrays_too = [x for x in (*arrays, options.get("position")) if x is not None]
+        assert all(x.flags.c_contiguous for x in arrays_too)
+        return super().span_attention(*arrays, **options)
+
+    def span_attention_backward(self, *arrays, **options):
+        assert all(x.flags.c_contiguous for x in arrays)
+        return super().span_attention_backward(*arrays, **options)
+
+
+def test_arguments_are_in_c_order():
+    assert failures(check_backend(TakesCOrder(), levels=("attention", "gradient"), examples=20)) == {}
 
 
 class TestBrokenBackends:

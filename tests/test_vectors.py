@@ -336,6 +336,8 @@ HOSTILE = {
     "truncated": (lambda folder: os.truncate(case_file(folder), 100), DAMAGED),
     "huge header": (content(lambda folder: (2**62).to_bytes(8, "little") + b"{}"), DAMAGED),
     "protobuf": (content(lambda folder: (first(folder) / "model.onnx").read_bytes()), DAMAGED),
+    "bound below 0": (tensor("bound.mask", lambda x: -1 - x), "'bound.mask' is not a bound"),
+    "no bound": (tensor("bound.mask", lambda x: x + np.nan), "'bound.mask' is not a bound"),
     "no input": (tensor("input.age", lambda x: None), "has inputs"),
     "no result": (tensor("expected.mask", lambda x: None), "'mask' is missing"),
     "other shape": (tensor("input.age", lambda x: x[:, :-1].copy()), "'age' is missing, of another shape"),

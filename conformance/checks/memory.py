@@ -117,18 +117,18 @@ def state_machine(probe: Probe, case: ModelCase) -> None:
     cases=some(sizes=True, resets=True, restores=True, least_tokens=20),
 )
 def bound(probe: Probe, case: ModelCase) -> None:
-    """No more memories are held than are live in the fullest row, rounded up to the granularity that is documented."""
+    """As many memories are held as are live in the fullest row, rounded up to the granularity that is documented."""
     (answers,) = probe.programs(case.program)
     expected = Answers(case.program)
     grain = probe.memory_granularity
     for i, operation in enumerate(case.program):
         if isinstance(operation, Size):
-            for layer, (held, live) in enumerate(zip(answers[i], expected.most_held(i), strict=True)):
+            for layer, (held, (least, live)) in enumerate(zip(answers[i], expected.held(i), strict=True)):
                 most = -(-live // grain) * grain
-                if held > most:
+                if not least <= held <= most:
                     raise Misbehaviour(
                         f"layer {layer} holds {held} memories after operation {i + 1}, {operation}; {live} are live, "
-                        f"expected at most {most}"
+                        f"expected {f'at most {most}' if held > most else f'at least {least}'}"
                     )
 
 
@@ -143,9 +143,9 @@ def projected_once(probe: Probe, case: ModelCase) -> None:
                 0 if opened.memory is None else sum(hidden.shape[0] * hidden.shape[1] for hidden, _ in opened.memory)
             )
             read = sum(o.tokens.size for o in case.program if isinstance(o, Step) and o.stream == operation.stream)
-            most = given + read * opened.config.layers
-            if answers[i] > most:
-                raise Misbehaviour(f"{operation} says {answers[i]}, expected at most {most}: one per memory and layer")
+            right = given + read * opened.config.layers
+            if answers[i] != right:
+                raise Misbehaviour(f"{operation} says {answers[i]}, expected {right}: one per memory and layer")
 
 
 @check("memory.block_split", clauses=["AGE", "MASK"], needs=NEEDS, cost=COST, cases=some())

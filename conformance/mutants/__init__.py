@@ -22,7 +22,7 @@ from refspan.conformance.mutants import (  # noqa: F401 - each puts its own on t
     training,
     weights,
 )
-from refspan.conformance.mutants.dense import ClipsNegativeSpans, Dense, LearnsAtTheKinks
+from refspan.conformance.mutants.dense import ClipsNegativeSpans, Dense, DividesLate, LearnsAtTheKinks
 from refspan.conformance.mutants.plain import Plain
 from refspan.conformance.mutants.registry import MUTANTS, Mutant
 
@@ -33,6 +33,7 @@ RIGHT: dict[str, Callable[[], Any]] = {
     "SmallTiles": SmallTiles,
     "Dense": Dense,
     "ClipsNegativeSpans": ClipsNegativeSpans,
+    "DividesLate": DividesLate,
     "LearnsAtTheKinks": LearnsAtTheKinks,
     "Plain": Plain,
 }

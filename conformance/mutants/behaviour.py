@@ -29,6 +29,18 @@ class CachesByShape(Dense):
         return kept.copy()
 
 
+@mutant("attention.output")
+class FirstCallForNothing(Dense):
+    """The first attention step comes to nothing, as if what it needs were still being made."""
+
+    called = False
+
+    def span_attention(self, *arrays: Any, ramp: float, position: Array | None = None) -> Array:
+        out = super().span_attention(*arrays, ramp=ramp, position=position)
+        first, self.called = not self.called, True
+        return np.zeros_like(out) if first else out
+
+
 @mutant("attention.repeated")
 class CachesByAddress(Dense):
     """The answer is kept per array object, as if arrays never changed."""

@@ -95,7 +95,7 @@ class Dense:
     def grad_position(self, ds: Array, q: Array, p: Array, age: Array) -> Array:
         row = self.distance(age, q.shape[2]) - 1
         hot = (row[..., None] == np.arange(len(p))).astype(q.dtype)
-        return np.einsum("bhmn,bmnp,bhmd->pd", ds, hot, q)
+        return np.einsum("bhmn,bmnp,bhmd->pd", ds, hot, q, optimize=True)
 
     def span_attention_backward(
         self,
@@ -129,6 +129,36 @@ class ClipsNegativeSpans(Dense):
 
     def mask(self, span: Array, age: Array, queries: int, ramp: float) -> Array:
         return super().mask(np.maximum(span, 0), age, queries, ramp)
+
+
+class DividesLate(Dense):
+    """Right: values are summed with raw weights and divided in the end; the mask's sums are in another order."""
+
+    def mask(self, span: Array, age: Array, queries: int, ramp: float) -> Array:
+        distance, r = self.distance(age, queries), span.dtype.type(ramp)
+        soft = np.clip((r - distance.astype(span.dtype) + span[:, None, :]) / r, 0, 1)
+        return np.where(self.past(distance), soft, 0).astype(span.dtype)
+
+    def span_attention(
+        self,
+        query: Array,
+        key: Array,
+        value: Array,
+        span: Array,
+        age: Array,
+        *,
+        ramp: float,
+        position: Array | None = None,
+    ) -> Array:
+        wide = np.result_type(query.dtype, np.float32)
+        q, k, v = (x.astype(wide) for x in (query, key, value))
+        p = None if position is None else position.astype(wide)
+        m = self.mask(span, age, query.shape[2], ramp).astype(wide)[:, None]  # [B, 1, M, N]
+        s = np.where(m > 0, self.logits(q, k, p, age), -np.inf)
+        top = np.max(s, axis=-1, keepdims=True, initial=-np.inf)
+        raw = m * np.exp(s - np.where(np.isfinite(top), top, 0))
+        total = np.sum(raw, axis=-1, keepdims=True)
+        return (self.output(raw, v) / np.where(total > 0, total, 1)).astype(query.dtype)
 
 
 class LearnsAtTheKinks(Dense):

@@ -39,6 +39,55 @@ class HeadsOf64(Dense):
         return super().logits(first, key, position, age)
 
 
+@mutant("attention.tiles", "gradient.tiles")
+class HeadsInVectorsOf8(Dense):
+    """Of heads longer than 8 numbers those after the last whole vector of 8 take no part in a logit."""
+
+    def logits(self, query: Array, key: Array, position: Array | None, age: Array) -> Array:
+        size = query.shape[-1]
+        whole = size // 8 * 8 if size > 8 else size
+        first = np.where(np.arange(size) < whole, query, 0).astype(query.dtype)
+        return super().logits(first, key, position, age)
+
+
+@mutant("attention.output", "gradient.values")
+class HeadsInPairs(Dense):
+    """The last number of a head of odd length takes no part in a logit, one of length 1 apart."""
+
+    def logits(self, query: Array, key: Array, position: Array | None, age: Array) -> Array:
+        size = query.shape[-1]
+        first = np.where(np.arange(size) < max(1, size // 2 * 2), query, 0).astype(query.dtype)
+        return super().logits(first, key, position, age)
+
+
+@mutant("attention.large", "gradient.large")
+class OneThreadPerMemory(Dense):
+    """No more than 1024 memories are seen, as there are no more threads in a block."""
+
+    def logits(self, query: Array, key: Array, position: Array | None, age: Array) -> Array:
+        s = super().logits(query, key, position, age)
+        s[..., 1024:] = -np.inf
+        return s
+
+
+@mutant("attention.large", "gradient.large")
+class TwelveHeads(Dense):
+    """Heads beyond the twelfth have the logits of the first."""
+
+    def logits(self, query: Array, key: Array, position: Array | None, age: Array) -> Array:
+        s = super().logits(query, key, position, age)
+        s[:, 12:] = s[:, :1]
+        return s
+
+
+@mutant("attention.large")
+class PositionsIn8Bits(Dense):
+    """Positions from the 256th on are out of reach."""
+
+    def table(self, position: Array, age: Array, queries: int) -> Array:
+        return super().table(position[:256], age, queries)
+
+
 class SquareIsOwnBlock(NumpyBackend):
     """Where there are as many memories as queries, they are taken for the block's own."""
 

@@ -50,6 +50,26 @@ class ResetFreesWithTheNextBlock(Plain):
     """A row that was reset is held until the stream goes on."""
 
 
+class _SizeOfTheEmptiestRow(PlainStream):
+    def memory_size(self) -> list[int]:
+        return [min(len(row[i][1]) for row in self.rows) for i in range(self.config.layers)]
+
+
+@mutant("memory.bound", stream=_SizeOfTheEmptiestRow)
+class SizeOfTheEmptiestRow(Plain):
+    """Says how much the row holds that holds least."""
+
+
+class _CountsOneRow(PlainStream):
+    def after_block(self, length: int) -> None:
+        self.projected += length * self.config.layers
+
+
+@mutant("memory.projected_once", stream=_CountsOneRow)
+class CountsTheProjectionsOfOneRow(Plain):
+    """Projections are counted for the first row only."""
+
+
 class _RestoreFreesLate(_FreesLate):
     def restore(self, state: Any) -> None:
         self.late = self.memory_size()

@@ -83,8 +83,8 @@ def _streamed(program: Program) -> dict[str, Expected]:
         if isinstance(operation, Step):
             right[f"{i}.log_probs"] = answers.of_step(i)
         elif isinstance(operation, Size):
-            most = np.array(answers.most_held(i), np.float64)
-            right[f"{i}.memory_size"] = Expected(most, np.zeros_like(most))
+            least, most = np.array(answers.held(i), np.float64).T
+            right[f"{i}.memory_size"] = Expected(most, most - least)
     return right
 
 

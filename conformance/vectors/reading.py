@@ -128,6 +128,8 @@ def read_vector(path: Path, entry: dict[str, Any]) -> AnyVector:
         kind, _, rest = name.partition(".")
         if kind not in parts:
             raise SetupError(f"{path / where}: has a tensor {name[:80]!r}, expected input.., expected.. or bound..")
+        if kind == "bound" and array.dtype.kind == "f" and not np.all(array >= 0):
+            raise SetupError(f"{path / where}: {name[:80]!r} is not a bound: a number in it is below 0, or none")
         parts[kind][rest] = array
     if entry["operation"] in NEEDS:
         return _read_program(path, entry, parts)

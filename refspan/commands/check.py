@@ -108,6 +108,7 @@ def command(
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # backends have names that a terminal may not know
     from refspan.conformance.expected import read_expected
+    from refspan.conformance.loading import files_of
     from refspan.conformance.report import Report, escaped, partial_of
     from refspan.conformance.runner import DTYPES, facts_of_run, run, select
     from refspan.conformance.vectors.folder import entries_to_add_to, write_folder
@@ -130,7 +131,10 @@ def command(
     files = {form: path for form, path in asked.items() if path is not None}
     written: dict[str, Path | None] = {f"--{form}": path for form, path in files.items()}
     written |= {f"--{form}, if interrupted,": partial_of(path) for form, path in files.items()}
-    check_distinct(written, {"--expected-failures": expected_path})
+    kept: dict[str, Path | None] = {"--expected-failures": expected_path}
+    kept |= {"--vectors": vectors_path, "--save-failures": failures_path}
+    kept |= {f"{path} of --backend": path for path in files_of(backend_name) if path.is_file()}
+    check_distinct(written, kept)
     for path in files.values():
         check_writable(path)
     if failures_path is not None:
