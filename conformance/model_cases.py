@@ -19,6 +19,9 @@ SIZES = ((7, 6, 10, 1, 1, 4, 3), (11, 12, 20, 2, 2, 5, 4), (5, 8, 9, 2, 3, 3, 2)
 LARGE = ((50, 48, 96, 1, 3, 20, 64),)
 """As SIZES, wide enough for kernels to take more than one of their tiles."""
 
+LONG = ((7, 6, 10, 1, 1, 4, 150), SIZES[0])
+"""As SIZES, the smallest, with blocks that are long where an implementation cuts them."""
+
 SPANS = ("spread", "as at the start", "all near L", "all near 0", "beyond the stream", "saturated")
 """What the span predictors say, see `_spans`."""
 
@@ -138,7 +141,7 @@ def cases(
         projected: whether the number of projections is asked in the end.
         least_tokens: that each stream reads.
         most_tokens: that it reads beyond these.
-        long_block: tokens of one more kind of block.
+        long_block: tokens of one more kind of block; with `resets` one of these comes last, after a reset.
         about_model: see `models`.
     """
     program: list[Operation] = []
@@ -185,6 +188,10 @@ def cases(
             read[name] += tokens.shape[1]
         if sizes and isinstance(program[-1], Step | Reset | Restore):
             program.append(Size(name))
+    if long_block and resets:  # where the places of one row are empty
+        for name, one in opened.items():
+            tokens = rng.integers(0, one.config.vocab_size, (one.batch, long_block))
+            program += [Reset(name, int(rng.integers(one.batch))), Step(name, tokens)]
     if projected:
         program += [Projected(name) for name in opened]
     return ModelCase(tuple(program), tuple(notes))

@@ -58,7 +58,7 @@ def test_what_is_live_before_anything_was_read(norm, slots):
     given = History(nothing, hidden, [np.array([1, 3, 5, 9])[:slots]] * 2)
     for history, live in ((History(nothing), 0), (given, min(slots, 2))):
         bounds = ModelBounds(config, params, history)
-        assert [bounds.live(layer, 0) for layer in (0, 1)] == [live, live]
+        assert [bounds.live(layer, 0) for layer in (0, 1)] == [(live, live)] * 2
 
 
 def test_whether_a_memory_is_alive_at_all_may_be_left_to_rounding():

@@ -547,7 +547,6 @@ UNSOUND = {
     ),
     "a name of two lines": (lambda folder: (folder / "a\nb\x1b[2J").touch(), "a b?[2J: is not in the manifest"),
     "one inside": (lambda folder: (first(folder) / "a\nb\x1b[2J").touch(), "/a b?[2J: is not part of a case"),
-    "no bound": (tensor("bound.mask", lambda x: x * np.nan), "is not what the specification says"),
     "another model": (
         lambda folder: (first(folder) / "model.onnx").write_bytes(b"x"),
         "is not what the manifest has the hash of",

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from refspan.conformance.guard import Misbehaviour
-from refspan.conformance.model_cases import LARGE, SIZES, Answers, ModelCase, cases
+from refspan.conformance.model_cases import LARGE, LONG, Answers, ModelCase, cases
 from refspan.conformance.programs import Open, Operation, Program, Projected, Size, Step
 from refspan.conformance.registry import Probe, check
 
@@ -57,7 +57,7 @@ def keeps_all(probe: Probe, case: ModelCase) -> None:
 
 
 @check("memory.long", clauses=["AGE", "DROP"], needs=NEEDS, cost=8 * COST,
-       cases=some(shapes=SIZES[:1], spans=("beyond the stream",), least_tokens=530, most_tokens=0, rows=(2,),
+       cases=some(shapes=LONG, spans=("beyond the stream",), least_tokens=530, most_tokens=0, rows=(2,),
                   resets=True, long_block=150))  # fmt: skip
 def long(probe: Probe, case: ModelCase) -> None:
     """530 tokens that nobody forgets, some in long blocks, rows reset now and then: more than rings and bytes hold."""

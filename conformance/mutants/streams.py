@@ -2,6 +2,8 @@
 
 from typing import Any, ClassVar
 
+import numpy as np
+
 from refspan.config import ModelConfig
 from refspan.conformance.mutants.plain import Array, Initial, Parameters, Plain, PlainStream
 from refspan.conformance.mutants.registry import mutant
@@ -48,6 +50,21 @@ class _ResetFreesLate(_FreesLate):
 @mutant("memory.bound", stream=_ResetFreesLate)
 class ResetFreesWithTheNextBlock(Plain):
     """A row that was reset is held until the stream goes on."""
+
+
+class _MarksWithAnAge(PlainStream):
+    def reset(self, row: int) -> None:
+        super().reset(row)
+        self.rows[row] = [(np.zeros((1, *hidden.shape[1:])), np.array([-124])) for hidden, _ in self.rows[row]]
+
+    def step(self, tokens: Array) -> Array:
+        self.rows = [[(hidden, np.where(age < 1, -124, age)) for hidden, age in row] for row in self.rows]
+        return super().step(tokens)
+
+
+@mutant("memory.long", stream=_MarksWithAnAge)
+class MarksThatAgesReach(Plain):
+    """An empty place has the age -124 at each block's start, which a long block comes to see."""
 
 
 class _SizeOfTheEmptiestRow(PlainStream):
