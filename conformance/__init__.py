@@ -8,12 +8,13 @@ assert report.conforms, report.summary()
 
 from typing import TYPE_CHECKING, Any
 
+from refspan.conformance.guard import NotOffered
 from refspan.conformance.protocol import EXAMPLES, TIMEOUT, Backend, Stream
 
 if TYPE_CHECKING:
     from refspan.conformance.report import Report
 
-__all__ = ["Backend", "Stream", "check_backend", "load_backend"]
+__all__ = ["Backend", "NotOffered", "Stream", "check_backend", "load_backend"]
 
 
 def load_backend(text: str, **options: Any) -> Backend:

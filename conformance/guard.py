@@ -62,7 +62,7 @@ class Hung(Misbehaviour):
 
 
 class NotOffered(Exception):
-    """The backend lacks this operation."""
+    """The backend lacks this operation, or does not take a case of it; a backend may raise it too."""
 
 
 def not_foreseen(error: Exception) -> Misbehaviour:

@@ -1,7 +1,7 @@
 """Mutate the reference's source automatically, and see which mutants the conformance suite lets pass.
 
     pip install cosmic-ray
-    python tests/mutation/run.py [MODULE ..] [--json FILE]
+    python tests/mutation/run.py [MODULE ..] [--json FILE] [--again FILE]
 
 cosmic-ray makes the mutants: it replaces operators, comparisons, numbers, booleans. Left out are changes to argument
 checks, which conformance does not ask about, and to annotations. Survivors are compared with `survivors.toml`, where
@@ -191,17 +191,21 @@ def work(tasks, results):
 @click.command()
 @click.argument("modules", nargs=-1, type=click.Choice(MODULES))
 @click.option("--json", "path", type=click.Path(path_type=Path), help="Write all mutants and what became of them.")
+@click.option("--again", type=click.Path(path_type=Path, exists=True), help="Only what survives in this record.")
 @click.option("--processes", default=os.cpu_count(), show_default=True)
-def main(modules, path, processes):
+def main(modules, path, again, processes):
     """Mutate the reference, and try the conformance suite on the mutants."""
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("spawn")
     tasks, results = context.Queue(), context.Queue()
     count = 0
+    kept = json.loads(again.read_text()) if again else []
+    rejected = {(one["module"], one["before"], one["after"]) for one in kept if one["killer"] is not None}
     for module in modules or MODULES:
         for number, before, after, source in mutants_of(module):
-            tasks.put((module, number, before, after, source))
-            count += 1
+            if (module, before, after) not in rejected:
+                tasks.put((module, number, before, after, source))
+                count += 1
     for _ in range(processes):
         tasks.put(None)
         context.Process(target=work, args=(tasks, results)).start()
