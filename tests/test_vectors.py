@@ -31,7 +31,7 @@ from refspan.conformance.vectors.replay import checks_of
 from refspan.conformance.vectors.vector import Vector
 from refspan.errors import SetupError
 
-LEFT = {"BiasAtMinusMaxSpan", "SpansStartAtRandom", "ProjectsAllMemoriesAgain"}
+LEFT = {"BiasAtMinusMaxSpan", "SpansStartAtRandom", "ProjectsAllMemoriesAgain", "CountsTheProjectionsOfOneRow"}
 """Wrong in what no program of a vector asks: parameters to start from, and how often something is computed."""
 EPSILON = "refspan.conformance.mutants.weights:Epsilon"
 
