@@ -149,7 +149,7 @@ class AttentionBounds:
         logit_error = u * ((2 * head_size + 8) * size + 4 * (np.abs(logits) + np.abs(log_mask)) + 2 * spread + 8)
         eta = np.expm1(np.minimum(logit_error, 50.0))
 
-        raw = np.exp(np.minimum(logits - peak, 700.0))  # exp(s), the mask left out
+        raw = np.exp(logits - peak)  # exp(s), the mask left out; infinite if that of an expired memory is
         total = np.sum(np.where(alive, m * raw, 0), axis=-1, keepdims=True)
         some = total > 0
         self.unmasked = np.where(some, raw / np.where(some, total, 1), np.inf)  # exp(s) / Z

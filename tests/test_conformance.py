@@ -219,6 +219,21 @@ class TestTolerance:
             above_one += weight > 1 + 20 * np.finfo(np.float32).eps
         assert above_one > 10
 
+    @pytest.mark.parametrize("logit", [1.0, 600.0, 704.0, 709.0, 720.0])
+    def test_the_two_sides_of_a_kink_far_apart(self, logit):
+        """A memory at the end of its ramp, which would have all the weight if it were alive, may learn or not."""
+        from refspan.conformance.cases import AttentionCase, Memories
+
+        memories = Memories(np.array([[9.0, 4.0]]), np.array([[3, 6]]), 2.0, 1)
+        q, k = np.ones((1, 1, 1, 1)), np.array([0.0, logit]).reshape(1, 1, 2, 1)
+        case = AttentionCase(q, k, np.array([1.0, 3.0]).reshape(1, 1, 2, 1), memories, grad_out=0.5 * q)
+        span = AttentionBounds(case).expected_gradients()["span"]
+        with np.errstate(over="ignore"):
+            above = np.exp(logit) * 0.5 * (3 - 1) / 2  # exp(s) / Z (da - c) / R
+        for learnt in (0.0, above):
+            assert span.bound[0, 1] == np.inf or abs(learnt - span.value[0, 1]) <= span.bound[0, 1]
+        assert np.isfinite(span.bound[0, 1]) == (logit < 710)
+
     def test_mask_bound_is_a_few_units_in_the_last_place(self):
         case = wrong_memories([10.3, 10.3, 9.0], [11, 12, 10], ramp=3.0)
         assert expected_mask(case).bound.max() < 64 * np.finfo(np.float32).eps
