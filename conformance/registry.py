@@ -34,7 +34,7 @@ class Check:
     needs: tuple[str, ...]
     """Operations that the backend must offer to be asked."""
     cases: Callable[[np.dtype], SearchStrategy[Any] | Sequence[Any]]
-    """Given the dtype of the run: a strategy to draw cases from, or all the cases there are."""
+    """Given the dtype of the run: a strategy to draw cases from, several to draw alike from, or all the cases."""
     body: Callable[["Probe", Any], None]
     cost: int = 1
     """How many times as long as usual one case takes; the check gets as many times fewer examples."""

@@ -213,17 +213,25 @@ AT_ONCE = 10
 
 def _ask_all(check: Check, dtype: np.dtype, seed: int, examples: int, ask: Callable[[Any], None]) -> None:
     cases = check.cases(dtype)
-    if isinstance(cases, Sequence):
-        for case in cases:
-            ask(case)
+    if not isinstance(cases, Sequence):
+        _draw(cases, f"{seed} {check.id} {dtype}", max(1, examples // check.cost), ask)
         return
-    left, turn = max(1, examples // check.cost), 0
+    for place, case in enumerate(cases):
+        if isinstance(case, SearchStrategy):
+            share = examples // check.cost // len(cases) + (place < examples // check.cost % len(cases))
+            _draw(case, f"{seed} {check.id} {dtype} {place}", max(1, share), ask)
+        else:
+            ask(case)
+
+
+def _draw(cases: SearchStrategy[Any], seed: str, left: int, ask: Callable[[Any], None]) -> None:
+    turn = 0
     while left > 0:
         # Each run begins with the plainest case there is. Once is enough, and not as the very first question: it has
         # no memories, so that a backend whose first call goes wrong would be right all the same.
         last = left <= AT_ONCE
         count = min(AT_ONCE, left + (not last))
-        own_seed = zlib.crc32(f"{seed} {check.id} {dtype} {turn}".encode())
+        own_seed = zlib.crc32(f"{seed} {turn}".encode())
         _ask_some(cases, own_seed, count, ask if last else _but_the_first(ask))
         left -= count - (not last)
         turn += 1

@@ -5,6 +5,7 @@ with its plainest entry, so a counterexample ends up as small and as plain as it
 come from a generator with a drawn seed.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -171,7 +172,7 @@ def attention_cases(
     style = draw(st.sampled_from(contents))
     with_position = draw(st.booleans()) if position is None else position
     rng = np.random.default_rng(draw(st.integers(0, 2**16)))
-    reach = (1, 2, 5, 10) if slots <= MOST_DRAWN else (70, 130, 300)
+    reach = (1, 2, 5, 10) if slots <= MOST_DRAWN else (70, 130) if slots <= 256 else (300,)
     alike = (batch, heads, queries, slots, head_size) in ALIKE
     positions = int(rng.choice([p for p in reach if p not in (queries, slots, head_size) or p == 1 or alike]))
 
@@ -195,6 +196,11 @@ def attention_cases(
         position=fill(positions, head_size) if with_position else None,
         grad_out=fill(batch, heads, queries, head_size),
     )
+
+
+def of_each_size(sizes: list[Sizes], **about: Any) -> Callable[[np.dtype], list[st.SearchStrategy[AttentionCase]]]:
+    """Attention steps drawn as `about` says, of each of these sizes as many."""
+    return lambda dtype: [attention_cases(dtype, sizes=[one], **about) for one in sizes]
 
 
 def with_large_logits(query: Array, key: Array, size: float) -> Array:

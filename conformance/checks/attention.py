@@ -15,6 +15,7 @@ from refspan.conformance.strategies import (
     SIZES,
     TILE_SIZES,
     attention_cases,
+    of_each_size,
     with_large_logits,
 )
 from refspan.conformance.tolerance import Expected, attention_bounds
@@ -266,7 +267,7 @@ def wide(probe: Probe, case: AttentionCase) -> None:
     "attention.tiles",
     clauses=["OUTPUT", "LOGIT"],
     needs=NEEDS,
-    cases=some(sizes=TILE_SIZES, contents=("normal",)),
+    cases=of_each_size(TILE_SIZES, contents=("normal",)),
     cost=10,
 )
 def tiles(probe: Probe, case: AttentionCase) -> None:
@@ -279,7 +280,7 @@ def tiles(probe: Probe, case: AttentionCase) -> None:
     "attention.large",
     clauses=["OUTPUT", "LOGIT"],
     needs=NEEDS,
-    cases=some(sizes=LARGE_SIZES, contents=("normal",)),
+    cases=of_each_size(LARGE_SIZES, position=True, contents=("normal",)),
     cost=10,
 )
 def large(probe: Probe, case: AttentionCase) -> None:

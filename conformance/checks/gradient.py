@@ -11,7 +11,7 @@ from refspan.conformance.cases import AttentionCase
 from refspan.conformance.checks.attention import SEVERAL_MEMORIES, SEVERAL_ROWS, some
 from refspan.conformance.protocol import Array
 from refspan.conformance.registry import Probe, check
-from refspan.conformance.strategies import LARGE_SIZES, SIZES, TILE_SIZES, attention_cases
+from refspan.conformance.strategies import LARGE_SIZES, SIZES, TILE_SIZES, attention_cases, of_each_size
 from refspan.conformance.tolerance import Expected, attention_bounds
 
 NEEDS = ["span_attention_backward"]
@@ -216,14 +216,20 @@ def _moved(case: AttentionCase, values: Mapping[str, Array]) -> AttentionCase:
     return replace(case.with_memories(span=values["span"]), **arrays)
 
 
-@check("gradient.tiles", clauses=["GRAD"], needs=NEEDS, cases=some(sizes=TILE_SIZES, contents=("normal",)), cost=10)
+@check("gradient.tiles", clauses=["GRAD"], needs=NEEDS, cases=of_each_size(TILE_SIZES, contents=("normal",)), cost=10)
 def tiles(probe: Probe, case: AttentionCase) -> None:
     """Sizes just beyond those of a kernel's tiles: several of them, and a last one that is not full."""
     (got,) = probe.gradients(case)
     _compare(probe, got, attention_bounds(case).expected_gradients())
 
 
-@check("gradient.large", clauses=["GRAD"], needs=NEEDS, cases=some(sizes=LARGE_SIZES, contents=("normal",)), cost=10)
+@check(
+    "gradient.large",
+    clauses=["GRAD"],
+    needs=NEEDS,
+    cases=of_each_size(LARGE_SIZES, position=True, contents=("normal",)),
+    cost=10,
+)
 def large(probe: Probe, case: AttentionCase) -> None:
     """Sizes that models have: hundreds of queries and memories, heads of 64 and 128 numbers, six rows."""
     (got,) = probe.gradients(case)
