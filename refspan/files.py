@@ -42,12 +42,15 @@ def _same_as_stream(path: Path, number: int) -> bool:
         return False
 
 
-def check_distinct(outputs: Mapping[str, Path | None], inputs: Mapping[str, Path | None]) -> None:
+def check_distinct(
+    outputs: Mapping[str, Path | None], inputs: Mapping[str, Path | None], folders: Mapping[str, Path | None] = {}
+) -> None:
     """Raise SetupError if an output would take the place of an input or of another output; None is no file.
 
     Args:
         outputs: what a file is (the name of an option, for example) -> its path.
-        inputs: likewise; nothing is written into a folder that is one.
+        inputs: likewise.
+        folders: likewise, in which nothing may be written.
     """
     written: dict[Path, str] = {}
     for name, path in outputs.items():
@@ -57,7 +60,8 @@ def check_distinct(outputs: Mapping[str, Path | None], inputs: Mapping[str, Path
         for other, read in inputs.items():
             if read is not None and _same_file(path, read):
                 raise SetupError(f"{name} {path}: is {other} too, which would be lost; name another file")
-            if read is not None and read.is_dir() and target.is_relative_to(read.resolve()):
+        for other, folder in folders.items():
+            if folder is not None and target.is_relative_to(folder.resolve()):
                 raise SetupError(f"{name} {path}: is within {other}; name a file elsewhere")
         if target in written:
             raise SetupError(f"{name} {path}: is {written[target]} too; name another file")

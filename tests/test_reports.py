@@ -40,7 +40,7 @@ def report_of(backend, ids, **options):
 
 @pytest.fixture(scope="module")
 def failing():
-    ids = ["attention.output", "attention.lone_survivor", "mask.values", "memory.stream", "training.initial_spans"]
+    ids = ["attention.empty", "attention.lone_survivor", "mask.values", "memory.stream", "training.initial_spans"]
     return report_of(MUTANTS["Epsilon"].make(), ids)
 
 
@@ -268,7 +268,7 @@ class TestExpectedFailures:
 
     def test_failures_that_are_expected_do_not_fail_the_run(self, tmp_path):
         path = self.file(tmp_path, "# ours\n\nattention.lone_survivor: an epsilon, https://example.org/1\n")
-        ran = self.run(path, "--check", "attention.lone_survivor", "--check", "attention.output")
+        ran = self.run(path, "--check", "attention.lone_survivor", "--check", "attention.empty")
         assert ran.returncode == 0
         assert "know  attention.lone_survivor" in ran.stdout
         assert "1 of 2 passed, 0 failed, 1 known failure, 0 not offered" in ran.stdout
@@ -312,14 +312,14 @@ class TestExpectedFailures:
             assert ran.stderr.endswith(said)
 
     def test_one_that_passes_fails_the_run(self, tmp_path):
-        path = self.file(tmp_path, "attention.output: a slip, https://example.org/1\n")
-        ran = self.run(path, "--check", "attention.output")
+        path = self.file(tmp_path, "attention.empty: a slip, https://example.org/1\n")
+        ran = self.run(path, "--check", "attention.empty")
         assert ran.returncode == 1
-        assert "attention.output was expected to fail and passed: take it off the list" in ran.stdout
+        assert "attention.empty was expected to fail and passed: take it off the list" in ran.stdout
 
     def test_one_that_is_not_offered_fails_the_run(self, tmp_path):
         path = self.file(tmp_path, "memory.stream: not built yet, https://example.org/1\n")
-        ran = self.run(path, "--check", "attention.output", "--check", "memory.stream")
+        ran = self.run(path, "--check", "attention.empty", "--check", "memory.stream")
         assert ran.returncode == 1
         assert "memory.stream was expected to fail and was not offered: take it off the list" in ran.stdout
 

@@ -112,7 +112,8 @@ def test_interrupted(tmp_path, name, seconds):
     assert (process.returncode, err) == (128 + number, "")
     assert out.endswith(" 0 faults of the suite, INCOMPLETE\n")
     tree = json.loads(path.read_text())
-    assert (tree["complete"], tree["faults"], tree["trials"]) == (False, [], [])
+    assert (tree["complete"], tree["faults"]) == (False, [])
+    assert len(tree["trials"]) < len(select(levels=["training"]))
 
 
 def wait_until_it_listens(process):

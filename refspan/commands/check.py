@@ -132,9 +132,8 @@ def command(
     written: dict[str, Path | None] = {f"--{form}": path for form, path in files.items()}
     written |= {f"--{form}, if interrupted,": partial_of(path) for form, path in files.items()}
     kept: dict[str, Path | None] = {"--expected-failures": expected_path}
-    kept |= {"--vectors": vectors_path, "--save-failures": failures_path}
     kept |= {f"{path} of --backend": path for path in files_of(backend_name) if path.is_file()}
-    check_distinct(written, kept)
+    check_distinct(written, kept, {"--vectors": vectors_path, "--save-failures": failures_path})
     for path in files.values():
         check_writable(path)
     if failures_path is not None:
