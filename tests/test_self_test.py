@@ -113,7 +113,7 @@ def test_interrupted(tmp_path, name, seconds):
     assert out.endswith(" 0 faults of the suite, INCOMPLETE\n")
     tree = json.loads(path.read_text())
     assert (tree["complete"], tree["faults"]) == (False, [])
-    assert len(tree["trials"]) < len(select(levels=["training"]))
+    assert len(tree["trials"]) < (len(select(levels=["training"])) if seconds else 1)
 
 
 def wait_until_it_listens(process):

@@ -42,12 +42,16 @@ class Dense:
 
     def weights(self, s: Array, m: Array) -> tuple[Array, Array]:
         """-> normalised weights, and the same before the mask is multiplied in: exp(s) / Z."""
+        e, z = self.exponentials(s, m)
+        return m * e / z, e / z
+
+    def exponentials(self, s: Array, m: Array) -> tuple[Array, Array]:
+        """-> exp(s) of the memories that are alive, and Z; 1 where there are none."""
         s = np.where(m > 0, s, -np.inf)
         top = np.max(s, axis=-1, keepdims=True, initial=-np.inf)
         e = np.exp(s - np.where(np.isfinite(top), top, 0))
         z = np.sum(m * e, axis=-1, keepdims=True)
-        z = np.where(z > 0, z, 1)
-        return m * e / z, e / z
+        return e, np.where(z > 0, z, 1)
 
     def everything(
         self, query: Array, key: Array, value: Array, span: Array, age: Array, ramp: float, position: Array | None
@@ -139,26 +143,11 @@ class DividesLate(Dense):
         soft = np.clip((r - distance.astype(span.dtype) + span[:, None, :]) / r, 0, 1)
         return np.where(self.past(distance), soft, 0).astype(span.dtype)
 
-    def span_attention(
-        self,
-        query: Array,
-        key: Array,
-        value: Array,
-        span: Array,
-        age: Array,
-        *,
-        ramp: float,
-        position: Array | None = None,
-    ) -> Array:
-        wide = np.result_type(query.dtype, np.float32)
-        q, k, v = (x.astype(wide) for x in (query, key, value))
-        p = None if position is None else position.astype(wide)
-        m = self.mask(span, age, query.shape[2], ramp).astype(wide)[:, None]  # [B, 1, M, N]
-        s = np.where(m > 0, self.logits(q, k, p, age), -np.inf)
-        top = np.max(s, axis=-1, keepdims=True, initial=-np.inf)
-        raw = m * np.exp(s - np.where(np.isfinite(top), top, 0))
-        total = np.sum(raw, axis=-1, keepdims=True)
-        return (self.output(raw, v) / np.where(total > 0, total, 1)).astype(query.dtype)
+    def span_attention(self, *arrays: Any, ramp: float, position: Array | None = None) -> Array:
+        query, key, value, span, age = arrays
+        q, k, v, p, m, *_ = self.everything(query, key, value, span, age, ramp, position)
+        e, z = self.exponentials(self.logits(q, k, p, age), m)
+        return (self.output(m * e, v) / z).astype(query.dtype)
 
 
 class LearnsAtTheKinks(Dense):

@@ -25,11 +25,10 @@ def onnx_files(vector: Vector) -> Iterator[tuple[str, bytes]]:
         model = gradient_model(vector.dtype, position=position, span_dtype=span)
     yield "model.onnx", model.SerializeToString(deterministic=True)
     values: dict[str, Array] = {name.replace("grad_out", "grad_output"): x for name, x in vector.inputs.items()}
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore"):  # what the dtype cannot hold is infinite, and decides nothing
         values |= {"ramp": np.asarray(vector.ramp, span), "queries": np.array([vector.queries], np.int64)}
-    for name, result in vector.expected.items():
-        like = vector.inputs["span"] if name in ("mask", "span") else vector.inputs["query"]
-        with np.errstate(over="ignore"):  # what the dtype cannot hold is infinite, and decides nothing
+        for name, result in vector.expected.items():
+            like = vector.inputs["span"] if name in ("mask", "span") else vector.inputs["query"]
             values[name if name in ("mask", "output") else f"grad_{name}"] = result.astype(like.dtype)
     for kind, described in (("input", model.graph.input), ("output", model.graph.output)):
         for i, value in enumerate(described):
