@@ -90,8 +90,16 @@ class ModelBounds:
         slack = SAFETY * np.max(np.abs(span[1:] - span[0]), axis=0) + 4 * self.span_u * (
             np.abs(span[0]) + np.abs(age) + self.config.ramp + self.history.block
         )
+        if self._is_exact(layer):
+            slack = np.zeros_like(slack)
         left = span[0] + self.config.ramp - age
         return int(np.sum((age >= 1) & (left > slack))), int(np.sum((age >= 1) & (left > -slack)))
+
+    def _is_exact(self, layer: int) -> bool:
+        """Whether all spans are L / 2, as weight and bias of the predictor are 0, and no number here is rounded."""
+        predictor = (self.params[f"layers.{layer}.span.{name}"] for name in ("weight", "bias"))
+        sizes = (self.config.max_span, self.config.ramp)
+        return not any(map(np.any, predictor)) and all(size == round(size) < 2**16 for size in sizes)
 
     def _run(self) -> Array:
         """Log-probabilities of all samples.   [1 + S, T, V]."""

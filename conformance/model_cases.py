@@ -25,6 +25,15 @@ LONG = ((7, 6, 10, 1, 1, 4, 150), SIZES[0])
 SPANS = ("spread", "as at the start", "all near L", "all near 0", "beyond the stream", "saturated")
 """What the span predictors say, see `_spans`."""
 
+HALF = "L / 2"
+"""As one of SPANS: weights and biases of the predictors are 0, which leaves rounding nothing to decide."""
+
+LONGEST = (8.0, 3.0, 20.0)
+"""What L is drawn from."""
+
+FAR = (2.0**34, 80_000.0, 6000.0, 3000.0, 256.0)
+"""As LONGEST, for memories that are far older than a test has time to make them, see `_far_ages`."""
+
 MOST_TOKENS = 40
 """Of one stream, unless more is asked for."""
 
@@ -58,14 +67,16 @@ def models(
     norms: Sequence[str] = ("post", "pre"),
     loudness: float = 1.0,
     shapes: Sequence[tuple[int, ...]] = SIZES,
+    longest: Sequence[float] = LONGEST,
 ) -> tuple[ModelConfig, dict[str, Array], str]:
     """A small model with parameters of every kind at work, and what it is like in words.
 
     `loudness`: what the last weights, and so the logits of tokens, are multiplied with. `shapes`: as `SIZES`.
+    `longest`: as `LONGEST`.
     """
     vocabulary, hidden, inner, layers, heads, head_size, block = draw(st.sampled_from(shapes))
     kind = draw(st.sampled_from(spans))
-    longest = 1000.0 if kind == "beyond the stream" else draw(st.sampled_from((8.0, 3.0, 20.0)))
+    max_span = 1000.0 if kind == "beyond the stream" else draw(st.sampled_from(longest))
     config = ModelConfig(
         vocab_size=vocabulary,
         hidden_size=hidden,
@@ -74,7 +85,7 @@ def models(
         heads=heads,
         head_size=head_size,
         block_size=block,
-        max_span=longest,
+        max_span=max_span,
         ramp=draw(st.sampled_from((2.0, 1.0, 3.0, 5.0, 16.0, 2.5, 0.5))),
         span_temperature=draw(st.sampled_from((1.0, 2.0, 0.5))),
         norm=draw(st.sampled_from(norms)),
@@ -98,6 +109,8 @@ def _spans(rng: np.random.Generator, kind: str, name: str, start: Array) -> Arra
     """Weight or bias of a span predictor."""
     if kind == "as at the start":
         return start
+    if kind == HALF:
+        return np.zeros_like(start)
     weight = name.endswith("weight")
     if kind == "spread":
         return np.asarray(rng.standard_normal(start.shape) * (1.5 if weight else 0.5))
@@ -116,6 +129,7 @@ def cases(
     streams: int = 1,
     rows: Sequence[int] = (2, 1, 3),
     memory: bool | None = None,
+    far: bool = False,
     resets: bool = False,
     restores: bool = False,
     reopens: bool = False,
@@ -134,6 +148,7 @@ def cases(
         streams: how many are open at once, each of its own model.
         rows: what batch sizes are drawn from.
         memory: whether streams start with memories given; None means sometimes.
+        far: whether these are as old as `_far_ages` says.
         resets: whether rows are emptied in between.
         restores: whether states are kept, and returned to later.
         reopens: whether a stream may give way to a new one, of another model, under its name.
@@ -152,7 +167,7 @@ def cases(
         config, params, words = draw(models(dtype, **about_model))
         batch = draw(st.sampled_from(rows))
         with_memory = draw(st.booleans()) if memory is None else memory
-        given = _given_memory(rng, config, batch, dtype) if with_memory else None
+        given = _given_memory(rng, config, batch, dtype, far=far) if with_memory else None
         notes.append(f"stream {name}: {words}{', starting with memories' if given else ''}")
         one = Open(name, config, params, batch, given)
         program.append(one)
@@ -198,16 +213,26 @@ def cases(
 
 
 def _given_memory(
-    rng: np.random.Generator, config: ModelConfig, batch: int, dtype: np.dtype
+    rng: np.random.Generator, config: ModelConfig, batch: int, dtype: np.dtype, *, far: bool = False
 ) -> list[tuple[Array, Array]]:
     """Hidden states at distinct ages, shuffled, with gaps, as many in each layer as another one has not."""
     given = []
     for i in range(config.layers):
-        slots = (4 + i) * int(rng.integers(4) > 0)  # now and then there are none
+        slots = 8 + i if far else (4 + i) * int(rng.integers(4) > 0)  # now and then there are none
+        ages = _far_ages(config) if far else np.arange(1, 3 * slots + 1)
         hidden = rng.standard_normal((batch, slots, config.hidden_size)).astype(dtype)
-        age = np.stack([1 + rng.permutation(3 * slots)[:slots] for _ in range(batch)])
+        age = np.stack([rng.permutation(ages)[:slots] for _ in range(batch)])
         given.append((hidden, age))
     return given
+
+
+def _far_ages(config: ModelConfig) -> Array:
+    """Ages that narrow numbers confuse with others: where a span of L / 2 ends, and just after powers of two."""
+    end = int(config.max_span) // 2
+    # float32 cannot tell the steps of a ramp from each other that far away
+    on_ramp = range(end - 2, end + int(config.ramp) + 2) if end < 2**17 else ()
+    wraps = (2**bits + j for bits in (7, 8, 10, 11, 15, 16, 31, 32, 34) for j in (1, 2, 4))
+    return np.unique([*on_ramp, *wraps])
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from refspan.conformance.guard import Misbehaviour
-from refspan.conformance.model_cases import LARGE, LONG, Answers, ModelCase, cases
+from refspan.conformance.model_cases import FAR, HALF, LARGE, LONG, Answers, ModelCase, cases
 from refspan.conformance.programs import Open, Operation, Program, Projected, Size, Step
 from refspan.conformance.registry import Probe, check
 
@@ -84,6 +84,13 @@ def initial(probe: Probe, case: ModelCase) -> None:
     follow(probe, case)
 
 
+@check("memory.far", clauses=["AGE", "WIDTH", "DROP"], needs=NEEDS, cost=COST,
+       cases=some(memory=True, far=True, spans=(HALF,), longest=FAR))  # fmt: skip
+def far(probe: Probe, case: ModelCase) -> None:
+    """Initial memories up to 2^34 steps old, alive, fading or gone: ages are whole numbers, and wide ones."""
+    follow(probe, case)
+
+
 @check("memory.reset", clauses=["START"], needs=NEEDS, cost=COST, cases=some(resets=True, rows=(2, 3), least_tokens=6))
 def reset(probe: Probe, case: ModelCase) -> None:
     """A row that is reset starts anew, empty; the others go on."""
@@ -109,13 +116,14 @@ def state_machine(probe: Probe, case: ModelCase) -> None:
     follow(probe, case)
 
 
-@check(
-    "memory.bound",
-    clauses=["BOUND"],
-    needs=NEEDS,
-    cost=COST,
-    cases=some(sizes=True, resets=True, restores=True, least_tokens=20),
-)
+def sizes(dtype: np.dtype) -> list[st.SearchStrategy[ModelCase]]:
+    """Programs that ask for sizes; every other one has spans of which none is rounded."""
+    about: dict[str, Any] = {"sizes": True, "resets": True, "restores": True}
+    exact = cases(dtype, spans=(HALF,), longest=(8.0, 2.0, 20.0), least_tokens=30, **about)
+    return [cases(dtype, least_tokens=20, **about), exact]
+
+
+@check("memory.bound", clauses=["BOUND"], needs=NEEDS, cost=COST, cases=sizes)
 def bound(probe: Probe, case: ModelCase) -> None:
     """As many memories are held as are live in the fullest row, rounded up to the granularity that is documented."""
     (answers,) = probe.programs(case.program)

@@ -24,6 +24,14 @@ class DropsOneStepEarly(Plain):
 
 
 @mutant("memory.bound")
+class DropsOneStepLate(Plain):
+    """Those at the very end of their ramps are kept for another step, which no result shows."""
+
+    def gone(self, config: ModelConfig, span: Array, age: Array) -> Array:
+        return age - span > config.ramp
+
+
+@mutant("memory.bound")
 class NeverDrops(Plain):
     """Right in all results, and out of memory in the end."""
 
@@ -177,3 +185,42 @@ class AgesIn8Bits(Plain):
 
     def advance(self, age: Array) -> Array:
         return (age + 1).astype(np.int8).astype(np.int64)
+
+
+class _Given(PlainStream):
+    """The memories that it is given have ages of its own kind too, as what it makes itself."""
+
+    def given(self, hidden: Array, age: Array, i: int) -> Memory:
+        return super().given(hidden, self.rules.advance(age) - 1, i)
+
+
+@mutant("memory.far", stream=_Given)
+class StreamAgesIn16Bits(Plain):
+    """Ages wrap around after 32767."""
+
+    def advance(self, age: Array) -> Array:
+        return (age + 1).astype(np.int16).astype(np.int64)
+
+
+@mutant("memory.far", stream=_Given)
+class StreamAgesIn32Bits(Plain):
+    """Ages wrap around after 2^31 - 1."""
+
+    def advance(self, age: Array) -> Array:
+        return (age + 1).astype(np.int32).astype(np.int64)
+
+
+@mutant("memory.far", stream=_Given)
+class StreamAgesInHalfPrecision(Plain):
+    """Steps beyond 2048 are rounded, and none is beyond 65504."""
+
+    def advance(self, age: Array) -> Array:
+        return np.minimum(age + 1, 65504).astype(np.float16).astype(np.int64)
+
+
+@mutant("memory.far", stream=_Given)
+class StreamAgesStopAt1024(Plain):
+    """A table of masks by age has 1024 rows; older memories get the last."""
+
+    def advance(self, age: Array) -> Array:
+        return np.minimum(age + 1, 1024)
