@@ -47,7 +47,7 @@ class Memories:
             left = span - max(first, 1)
             lines.append(f"row {b}, memory {i}: span {span!r}, age {first}, {left:g} steps left when first seen")
         if self.span.size > MOST_LINES:
-            lines.append(f"and {self.span.size - MOST_LINES} memories more")
+            lines.append(f"and {self.span.size - MOST_LINES} more")
         return lines
 
 

@@ -52,6 +52,8 @@ class Misbehaviour(Exception):
 
     row = 0
     """Of the batch, in which it is wrong, if that is known."""
+    place: int | None = None
+    """Of a program the operation that shows it, if that is known."""
 
     def __init__(self, text: object) -> None:
         super().__init__(one_line(text, 2000))

@@ -16,6 +16,11 @@ from refspan.conformance.guard import Misbehaviour, NotOffered, check_array, not
 from refspan.conformance.protocol import Array
 
 
+def _tokens(tokens: Array) -> str:
+    """Tokens as a report shows them, or if they are many how many."""
+    return str(tokens.tolist()) if tokens.size <= 24 else f"[{'x'.join(map(str, tokens.shape))}]"
+
+
 @dataclass(frozen=True)
 class Open:
     """Open a stream under a name; a name may be opened anew."""
@@ -40,8 +45,7 @@ class Step:
     """[B, M] int64"""
 
     def __str__(self) -> str:
-        shown = str(self.tokens.tolist()) if self.tokens.size <= 24 else f"[{'x'.join(map(str, self.tokens.shape))}]"
-        return f"{self.stream}.step({shown})"
+        return f"{self.stream}.step({_tokens(self.tokens)})"
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,7 @@ class Learn:
 
     def __str__(self) -> str:
         options = f"span_loss_weight={self.span_loss_weight:g}, span_limit={self.span_limit}"
-        return f"loss_and_gradients({self.stream}, {self.tokens.tolist()}, {self.targets.tolist()}, .., {options})"
+        return f"loss_and_gradients({self.stream}, {_tokens(self.tokens)}, {_tokens(self.targets)}, .., {options})"
 
 
 @dataclass(frozen=True)

@@ -132,8 +132,10 @@ class Probe:
             raise Misbehaviour(f"memory_granularity is {said}, expected a whole number from 1 to {LARGEST_GRANULARITY}")
         return int(said)
 
-    def compare(self, what: str, got: Array, expected: Expected) -> None:
+    def compare(self, what: str, got: Array, expected: Expected, *, place: int | None = None) -> None:
         """Fail unless `got` is within the bound everywhere that the bound decides anything, and nowhere NaN.
+
+        `place` is that of the operation of a program that gave it.
 
         Raises:
             Misbehaviour: where it is furthest off, what it is and what it should be.
@@ -150,12 +152,12 @@ class Probe:
         at = np.unravel_index(np.argmax(ratio), ratio.shape)
         self.worst = max(self.worst, float(ratio[at]))
         if ratio[at] > 1:
-            where = ", ".join(str(int(i)) for i in at)
+            where = f"[{', '.join(str(int(i)) for i in at)}]" if at else ""
             wrong = Misbehaviour(
-                f"{what}[{where}] is {wide[at]:.9g}, expected {value[at]:.9g} +- {bound[at]:.2g}"
+                f"{what}{where} is {wide[at]:.9g}, expected {value[at]:.9g} +- {bound[at]:.2g}"
                 f" (off by {error[at]:.3g}, {ratio[at]:.3g} times the bound)"
             )
-            wrong.row = int(at[0]) if at else 0
+            wrong.row, wrong.place = int(at[0]) if at else 0, place
             raise wrong
 
     def agree(self, what: str, got: Array, other: Array, bound: Array) -> None:

@@ -19,6 +19,7 @@ from threadpoolctl import ThreadpoolController
 import refspan
 from refspan.conformance.cases import AttentionCase, Memories
 from refspan.conformance.guard import Hung, Misbehaviour, NotOffered
+from refspan.conformance.model_cases import ModelCase
 from refspan.conformance.pictures import pictures_of
 from refspan.conformance.protocol import EXAMPLES
 from refspan.conformance.registry import CHECKS, LEVELS, Check, Probe
@@ -182,8 +183,12 @@ def _run_one(
         if vector is not None:
             keep(vector)
         pictures = tuple(pictures_of(case, error.row))
-        of_step = isinstance(case, AttentionCase | Memories)
-        described = case.describe(error.row) if of_step else case.describe()
+        if isinstance(case, AttentionCase | Memories):
+            described = case.describe(error.row)
+        elif isinstance(case, ModelCase):
+            described = case.describe(error.place)
+        else:
+            described = case.describe()
         return result(status, Failure(f"{error}{note}", tuple(described), replay, pictures))
     return result(status)
 

@@ -123,6 +123,24 @@ def npy(dtype, shape):
 BROKEN = {
     "exits": ("request(); sys.exit(3)", "the command ended with status 3"),
     "dies": ("request(); os.kill(os.getpid(), 11)", "the command ended by signal SIGSEGV"),
+    "does not flush": (
+        "request(); time.sleep(60)",
+        "did not answer within 2 s (nothing came; is the answer flushed?)",
+    ),
+    "no line break": (
+        "print(json.dumps({'seq': request()}), end='', flush=True); time.sleep(60)",
+        "did not answer within 2 s (10 bytes came, without a line break)",
+    ),
+    "half an answer": (
+        "print(json.dumps({'seq': request(), 'tensors': ['mask']}), flush=True)\n"
+        f"sys.stdout.buffer.write({npy('<f4', '(100,)')})\n"
+        "sys.stdout.buffer.flush(); time.sleep(60)",
+        "did not answer within 2 s (160 bytes came, and more were announced)",
+    ),
+    "panics": (
+        "request(); sys.exit('panicked at line 7\\n' + 'a frame\\n' * 100 + 'the last frame')",
+        "its stderr says: panicked at line 7 a frame",
+    ),
     "says why": ("request(); sys.exit('no\\n\\x1b[31mluck')", "its stderr ends: no ?[31mluck"),
     "talks nonsense": ("request(); print('hello', flush=True); time.sleep(60)", "the command wrote 'hello'"),
     "a number": ("request(); print('3', flush=True); time.sleep(60)", "expected a line of JSON, an object"),
@@ -131,7 +149,13 @@ BROKEN = {
     "other seq": ("request(); print('{\"seq\": 77}', flush=True); time.sleep(60)", "the answer has seq 77, expected 1"),
     "no tensor": (
         "while True:\n    print(json.dumps({'seq': request()}), flush=True)\n    sys.stdin.buffer.read1()",
-        "returned NoneType, expected a NumPy array",
+        "soft_mask: the answer has no tensor 'mask', expected mask",
+    ),
+    "null for an error": (
+        "while True:\n"
+        "    print(json.dumps({'seq': request(), 'error': None}), flush=True)\n"
+        "    sys.stdin.buffer.read1()",
+        "soft_mask: the answer has no tensor 'mask', expected mask",
     ),
     "tensors": ('print(\'{"seq": 1, "tensors": 5}\', flush=True); time.sleep(60)', "`tensors`: got 5"),
     "no npy": (

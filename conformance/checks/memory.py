@@ -8,7 +8,8 @@ import numpy as np
 from hypothesis import strategies as st
 
 from refspan.conformance.guard import Misbehaviour
-from refspan.conformance.model_cases import FAR, HALF, LARGE, LONG, Answers, ModelCase, cases
+from refspan.conformance.model_answers import Answers
+from refspan.conformance.model_cases import FAR, HALF, LARGE, LONG, ModelCase, cases
 from refspan.conformance.programs import Open, Operation, Program, Projected, Size, Step
 from refspan.conformance.registry import Probe, check
 
@@ -27,7 +28,7 @@ def follow(probe: Probe, case: ModelCase) -> None:
     (answers,) = probe.programs(case.program)
     expected = Answers(case.program)
     for i in case.steps():
-        probe.compare(f"log-probabilities of {case.program[i]}", answers[i], expected.of_step(i))
+        probe.compare(case.log_probs_of(i), answers[i], expected.of_step(i), place=i)
 
 
 @check("memory.stream", clauses=["AGE", "DROP", "START"], needs=NEEDS, cases=some(), cost=COST)
@@ -134,10 +135,12 @@ def bound(probe: Probe, case: ModelCase) -> None:
             for layer, (held, (least, live)) in enumerate(zip(answers[i], expected.held(i), strict=True)):
                 most = -(-live // grain) * grain
                 if not least <= held <= most:
-                    raise Misbehaviour(
-                        f"layer {layer} holds {held} memories after operation {i + 1}, {operation}; {live} are live, "
-                        f"expected {f'at most {most}' if held > most else f'at least {least}'}"
+                    wrong = Misbehaviour(
+                        f"layer {layer} holds {held} memories at operation {i}, {operation}; {live} are live in the "
+                        f"fullest row, expected {f'at most {most}' if held > most else f'at least {least}'}"
                     )
+                    wrong.place = i
+                    raise wrong
 
 
 @check("memory.projected_once", clauses=["CACHE"], needs=NEEDS, cost=COST, cases=some(projected=True))
@@ -173,7 +176,7 @@ def block_split(probe: Probe, case: ModelCase) -> None:
         length = blocks[i].shape[1]
         alone = np.concatenate(together[:length], axis=1)
         together = together[length:]
-        probe.agree(f"log-probabilities of {case.program[i]}", alone, blocks[i], expected.of_step(i).bound)
+        probe.agree(case.log_probs_of(i), alone, blocks[i], expected.of_step(i).bound)
 
 
 @check("memory.batch_mates", clauses=["DROP"], needs=NEEDS, cost=COST, cases=some(rows=(2, 3)))
@@ -190,7 +193,7 @@ def batch_mates(probe: Probe, case: ModelCase) -> None:
     expected = Answers(case.program)
     for place, i in enumerate(case.steps()):
         apart = np.concatenate([answers[place + 1] for answers in alone])
-        probe.agree(f"log-probabilities of {case.program[i]}", apart, together[i], expected.of_step(i).bound)
+        probe.agree(case.log_probs_of(i), apart, together[i], expected.of_step(i).bound)
 
 
 @check("memory.slot_order", clauses=["DROP"], needs=NEEDS, cost=COST, cases=some(memory=True))
@@ -203,4 +206,4 @@ def slot_order(probe: Probe, case: ModelCase) -> None:
     first, second = probe.programs(case.program, (replace(opened, memory=turned), *case.program[1:]))
     expected = Answers(case.program)
     for i in case.steps():
-        probe.agree(f"log-probabilities of {case.program[i]}", second[i], first[i], expected.of_step(i).bound)
+        probe.agree(case.log_probs_of(i), second[i], first[i], expected.of_step(i).bound)

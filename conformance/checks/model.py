@@ -5,7 +5,8 @@ from dataclasses import replace
 import numpy as np
 
 from refspan.conformance.checks.memory import COST, NEEDS, follow, some
-from refspan.conformance.model_cases import Answers, ModelCase
+from refspan.conformance.model_answers import Answers
+from refspan.conformance.model_cases import ModelCase
 from refspan.conformance.programs import Step
 from refspan.conformance.registry import Probe, check
 from refspan.conformance.tolerance import Arithmetic, Expected
@@ -44,7 +45,7 @@ def causal(probe: Probe, case: ModelCase) -> None:
     for i in case.steps():
         said = slice(0, -1) if i == last else slice(None)
         bound = np.broadcast_to(expected.of_step(i).bound, first[i].shape)
-        probe.agree(f"log-probabilities of {case.program[i]}", second[i][:, said], first[i][:, said], bound[:, said])
+        probe.agree(case.log_probs_of(i), second[i][:, said], first[i][:, said], bound[:, said])
 
 
 @check("model.normalised", clauses=["MODEL"], needs=NEEDS, cost=COST, cases=some())
@@ -56,7 +57,9 @@ def normalised(probe: Probe, case: ModelCase) -> None:
         arithmetic = Arithmetic.of(answers[i].dtype)
         size = np.max(np.abs(answers[i].astype(np.float64)), axis=-1)
         bound = arithmetic.u * (answers[i].shape[-1] + 8 + 8 * size)
-        probe.compare(f"sum of probabilities of {case.program[i]}", total, Expected(np.ones_like(total), bound))
+        probe.compare(
+            f"sum of probabilities of operation {i}, {case.program[i]}", total, Expected(np.ones_like(total), bound)
+        )
 
 
 @check("model.large_logits", clauses=["MODEL"], needs=NEEDS, cost=COST, cases=some(loudness=300.0))

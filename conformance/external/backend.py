@@ -11,7 +11,7 @@ import numpy as np
 from refspan.config import ModelConfig, parameter_shapes
 from refspan.conformance.external.child import Child
 from refspan.conformance.external.stream import Kept, Stream
-from refspan.conformance.external.wire import VERSION, answer, message
+from refspan.conformance.external.wire import VERSION, NoMessage, answer, message
 from refspan.conformance.facts import plain_dtypes, plain_facts
 from refspan.conformance.guard import (
     Hung,
@@ -57,7 +57,7 @@ class CommandBackend:
             self._child.write(message({"cmd": "start", "version": VERSION}, {}))
             said, _ = answer(self._child)
             self._understand(said)
-        except (Hung, SetupError) as error:
+        except (Hung, NoMessage, SetupError) as error:
             self.close()
             raise SetupError(f"exec:{one_line(command)}: {error}") from None
         except BaseException:  # Ctrl-C
@@ -159,18 +159,25 @@ class CommandBackend:
         asked = {"cmd": "run", "seq": self._asked, **header, "forget": forget}
         self._child.begin(operation, self._timeout)
         self._child.write(message(asked, tensors))
+        expected = list(expected)
         try:
             said, got = answer(self._child, expected)
         except Hung:
             raise
+        except NoMessage as error:
+            raise Hung(f"{operation}: {error}") from None
         except Exception as error:
             raise Hung(f"{operation}: {not_foreseen(error)}") from error
         if said.get("seq") != self._asked:
             raise Hung(f"{operation}: the answer has seq {shown(said.get('seq'))}, expected {self._asked}")
         if said.get("not_offered"):
             raise NotOffered(operation)
-        if "error" in said:
+        if said.get("error") is not None:
             raise Misbehaviour(f"{operation} failed: {one_line(said['error'])}")
+        if missing := [name for name in expected if name not in got]:
+            raise Misbehaviour(
+                f"{operation}: the answer has no tensor {missing[0]!r}, expected {one_line(', '.join(expected))}"
+            )
         return said, got
 
     def new_name(self, kind: str) -> str:

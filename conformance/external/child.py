@@ -17,8 +17,8 @@ from refspan.errors import SetupError
 
 WARDEN = str(Path(__file__).with_name("warden.py"))
 CHUNK = 1 << 16
-LAST_WORDS = 250
-"""Bytes of the end of stderr that are kept and shown."""
+WORDS = 250
+"""Bytes of stderr that are kept and shown of its end, and as many of its beginning since it was asked."""
 LONGEST_LINE = 1 << 20
 """Bytes of a header."""
 KILL_SECONDS = 10.0
@@ -35,12 +35,12 @@ class Child:
     Args:
         words: the command and its arguments.
         who: what messages call it.
-        hear_stderr: keep the end of its stderr for messages. It is our own stderr otherwise.
+        hear_stderr: keep some of its stderr for messages. It is our own stderr otherwise.
     """
 
     def __init__(self, words: Sequence[str], *, who: str = "the command", hear_stderr: bool = True) -> None:
         """Raises SetupError if there cannot be any process."""
-        self._who = who
+        self._who, self._hear_stderr = who, hear_stderr
         self._line, other = socket.socketpair()
         with other, socket.socket(fileno=fcntl(other.fileno(), F_DUPFD_CLOEXEC, 3)) as theirs:  # no number of a stream
             about = (str(theirs.fileno()), str(os.getpid()))
@@ -67,14 +67,18 @@ class Child:
                 os.set_blocking(pipe, False)
         self._read = bytearray()
         """What it wrote and nobody has taken yet."""
-        self._said = bytearray()
-        """The end of its stderr."""
+        self._came, self._in_line = 0, True
+        """Bytes of its stdout since it was asked, and whether a line is waited for."""
+        self._first, self._said, self._much = bytearray(), bytearray(), 0
+        """Of its stderr the beginning since it was asked, the end, and how much there is since it was asked."""
         self._closed = False
         self._deadline = 0.0
         self._what = ""
 
     def begin(self, what: str, seconds: float) -> None:
         """From now on everything is about `what`, and must be over within so many seconds."""
+        self._take_stderr()
+        self._came, self._first, self._much = len(self._read), bytearray(), 0
         self._deadline, self._what, self._seconds = time.monotonic() + seconds, what, seconds
 
     def write(self, data: bytes) -> None:
@@ -95,6 +99,7 @@ class Child:
 
     def line(self) -> bytes:
         """The next line of its stdout, without the line break; raises Hung."""
+        self._in_line = True
         while (end := self._read.find(b"\n")) < 0:
             if len(self._read) > LONGEST_LINE:
                 raise Hung(f"{self._what}: a header of more than {LONGEST_LINE} bytes without a line break")
@@ -105,6 +110,7 @@ class Child:
 
     def read(self, count: int) -> bytearray:
         """The next `count` bytes of its stdout; raises Hung."""
+        self._in_line = False
         data = self._read[:count]
         del self._read[:count]
         while len(data) < count:
@@ -112,9 +118,12 @@ class Child:
         return data
 
     def stderr(self) -> str:
-        """The end of what it wrote to stderr, on one line."""
+        """What it wrote to stderr, on one line: the end, and where more came since it was asked, the beginning too."""
         self._take_stderr()
-        return one_line(self._said[-LAST_WORDS:].decode(errors="replace"))
+        if self._much > 2 * WORDS:
+            return " .. ".join(one_line(part.decode(errors="replace")) for part in (self._first, self._said))
+        said = self._said if self._much <= WORDS else self._first + self._said[WORDS - self._much :]
+        return one_line(said.decode(errors="replace"), 2 * WORDS)
 
     def close(self, *, last_words: bytes = b"", seconds: float = 1.0) -> None:
         """End it together with all that it started; for a moment it may do so itself. Closing again does nothing."""
@@ -153,6 +162,7 @@ class Child:
             return b""
         if not data:
             raise Hung(self._ended())
+        self._came += len(data)
         return data
 
     def _wait(self, *, writing: bool) -> None:
@@ -161,7 +171,8 @@ class Child:
             left = self._deadline - time.monotonic()
             if left <= 0:
                 doing = "read its input" if writing else "answer"
-                raise Hung(f"{self._what}: {self._who} did not {doing} within {self._seconds:g} s{self._words()}")
+                came = "" if writing else self._so_far()
+                raise Hung(f"{self._what}: {self._who} did not {doing} within {self._seconds:g} s{came}{self._words()}")
             reading = [pipe for pipe in (None if writing else self._out, self._err) if pipe is not None]
             ready, writable, _ = select.select(reading, [self._in] if writing else [], [], left)
             if self._err in ready:
@@ -178,12 +189,22 @@ class Child:
             if not data:
                 self._err = None
                 return
+            self._first += data[: WORDS - len(self._first)]
+            self._much += len(data)
             self._said += data
-            del self._said[:-LAST_WORDS]
+            del self._said[:-WORDS]
+
+    def _so_far(self) -> str:
+        """What of an answer has come: who forgets to flush, or to end a line, looks for the fault elsewhere."""
+        if not self._hear_stderr:
+            return ""
+        if not self._came:
+            return " (nothing came; is the answer flushed?)"
+        return f" ({self._came} bytes came{', without a line break' if self._in_line else ', and more were announced'})"
 
     def _words(self) -> str:
         said = self.stderr()
-        return f"; its stderr ends: {said}" if said else ""
+        return f"; its stderr {'ends' if self._much <= 2 * WORDS else 'says'}: {said}" if said else ""
 
     def _ended(self) -> str:
         """Why it does not talk to us any more."""

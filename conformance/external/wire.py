@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from refspan.conformance.external.child import Child
-from refspan.conformance.guard import Hung, one_line, shown
+from refspan.conformance.guard import one_line, shown
 from refspan.conformance.protocol import Array
 
 VERSION = 1
@@ -21,6 +21,10 @@ LARGEST_SUM = 1 << 29
 """Bytes of all tensors of an answer."""
 DTYPES = {"<f2", "<f4", "<f8", "<i8", "|b1"}
 _MAGIC = b"\x93NUMPY\x01\x00"
+
+
+class NoMessage(Exception):
+    """What was read is no message; the error says why."""
 
 
 def message(header: Mapping[str, Any], tensors: Mapping[str, Array]) -> bytes:
@@ -36,7 +40,8 @@ def answer(child: Child, expected: Iterable[str] = ()) -> tuple[dict[str, Any], 
     """The next message from a command, with tensors under some of the names that are expected.
 
     Raises:
-        Hung: there is none, or it is not one; where its end is cannot be told, so the command has to be started anew.
+        Hung: there is none.
+        NoMessage: it is not one; where its end is cannot be told, so the command has to be started anew.
     """
     line = child.line()
     try:
@@ -44,16 +49,16 @@ def answer(child: Child, expected: Iterable[str] = ()) -> tuple[dict[str, Any], 
     except (ValueError, RecursionError):
         header = None
     if not isinstance(header, dict):
-        raise Hung(f"expected a line of JSON, an object; the command wrote {_shown(line)}")
+        raise NoMessage(f"expected a line of JSON, an object; the command wrote {_shown(line)}")
     names, known = header.get("tensors", []), list(expected)
     if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise Hung(f"`tensors`: got {shown(names)}, expected a list of names")
+        raise NoMessage(f"`tensors`: got {shown(names)}, expected a list of names")
     for i, name in enumerate(names):
         if name not in known:
             listed = "some of " + ", ".join(known) if known else "none"
-            raise Hung(f"`tensors`: got {shown(name)}, expected {one_line(listed)}")
+            raise NoMessage(f"`tensors`: got {shown(name)}, expected {one_line(listed)}")
         if name in names[:i]:
-            raise Hung(f"`tensors`: got {shown(name)} twice")
+            raise NoMessage(f"`tensors`: got {shown(name)} twice")
     return header, _tensors(child, names)
 
 
@@ -70,11 +75,11 @@ def read_tensor(read: Callable[[int], bytes | bytearray], name: str, left: int =
     """The array of an npy file, of which `read(n)` returns the next n bytes.
 
     Raises:
-        Hung: it is not one, or it takes more than `left` bytes.
+        NoMessage: it is not one, or it takes more than `left` bytes.
     """
     start = read(len(_MAGIC) + 2)
     if start[: len(_MAGIC)] != _MAGIC:
-        raise Hung(f"tensor {name!r}: expected an npy file of version 1.0; the command wrote {_shown(start)}")
+        raise NoMessage(f"tensor {name!r}: expected an npy file of version 1.0; the command wrote {_shown(start)}")
     described = read(int.from_bytes(start[len(_MAGIC) :], "little"))
     try:
         with warnings.catch_warnings():
@@ -84,14 +89,15 @@ def read_tensor(read: Callable[[int], bytes | bytearray], name: str, left: int =
     except Exception:  # noqa: BLE001 - it is read as Python source, so much may come up
         sizes_are_numbers = False
     if not sizes_are_numbers:
-        raise Hung(f"tensor {name!r}: expected an npy file of version 1.0; its header is {_shown(described)}")
+        raise NoMessage(f"tensor {name!r}: expected an npy file of version 1.0; its header is {_shown(described)}")
     if dtype.str not in DTYPES:
-        raise Hung(f"tensor {name!r}: got dtype {one_line(dtype.str)}, expected one of {', '.join(sorted(DTYPES))}")
+        known = ", ".join(sorted(DTYPES))
+        raise NoMessage(f"tensor {name!r}: got dtype {one_line(dtype.str)}, expected one of {known}")
     size = prod(shape) * dtype.itemsize
     if len(shape) > 8 or any(length > LARGEST for length in shape) or size > LARGEST:
-        raise Hung(f"tensor {name!r}: shape {shown(shape)} is beyond the limit of {LARGEST} bytes")
+        raise NoMessage(f"tensor {name!r}: shape {shown(shape)} is beyond the limit of {LARGEST} bytes")
     if size > left:
-        raise Hung(f"tensor {name!r}: shape {shown(shape)} is beyond the limit of {LARGEST_SUM} bytes an answer")
+        raise NoMessage(f"tensor {name!r}: shape {shown(shape)} is beyond the limit of {LARGEST_SUM} bytes an answer")
     flat: Array = np.frombuffer(read(size), dtype)
     return flat.reshape(shape, order="F" if fortran else "C")
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from refspan.conformance.model_cases import Answers, ModelCase
+from refspan.conformance.model_answers import Answers
+from refspan.conformance.model_cases import ModelCase
 from refspan.conformance.programs import Initialise, Learn, Open, Operation, Program, Projected, Size, Step
 from refspan.conformance.protocol import Array
 from refspan.conformance.tolerance import Expected
