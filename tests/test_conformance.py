@@ -69,7 +69,8 @@ def test_right_backends_are_accepted(backend, dtype, seed_of_run, examples_of_ru
 
 
 def test_plain_python_is_accepted(seed_of_run, examples_of_run, checks_of_run):
-    report = check_backend(loops.Loops(), checks=checks_of_run, seed=seed_of_run, examples=examples_of_run)
+    about = {"checks": checks_of_run, "seed": seed_of_run, "examples": examples_of_run}
+    report = check_backend(loops.Loops(), timeout=60, **about)
     assert failures(report) == {}
     assert report.conforms
 
