@@ -29,12 +29,13 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from refspan.conformance.drawing import drawn  # noqa: E402
 from refspan.conformance.guard import Misbehaviour, NotOffered  # noqa: E402
 from refspan.conformance.loading import load_backend  # noqa: E402
 from refspan.conformance.memo import remembering  # noqa: E402
 from refspan.conformance.mutants import RIGHT  # noqa: E402
 from refspan.conformance.registry import LEVELS, Probe  # noqa: E402
-from refspan.conformance.runner import DTYPES, drawn, select  # noqa: E402
+from refspan.conformance.runner import DTYPES, select  # noqa: E402
 from refspan.conformance.sessions import InProcess  # noqa: E402
 from refspan.files import write_whole  # noqa: E402
 

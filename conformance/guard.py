@@ -53,7 +53,7 @@ class Misbehaviour(Exception):
     row = 0
     """Of the batch, in which it is wrong, if that is known."""
     place: int | None = None
-    """Of a program the operation that shows it, if that is known."""
+    """Of a program the operation, of several questions the one that shows it, if that is known."""
 
     def __init__(self, text: object) -> None:
         super().__init__(one_line(text, 2000))
@@ -170,6 +170,8 @@ def _checked(operation: str, result: Any, expected: Shapes, handed: Mapping[str,
 
 def check_array(where: str, array: Any, shape: tuple[int, ...], dtype: str, handed: Mapping[str, Any]) -> Array:
     """A copy of `array`, if it is a NumPy array of this shape and dtype that shares no memory with what was handed."""
+    if isinstance(array, np.generic):  # what NumPy makes of an array without axes
+        array = np.asarray(array)
     if not isinstance(array, np.ndarray) or isinstance(array, np.ma.MaskedArray):
         raise Misbehaviour(f"{where} {type(array).__name__}, expected a NumPy array")
     plain = np.ndarray.view(array, np.ndarray)  # a subclass may say anything of itself

@@ -97,6 +97,7 @@ class Probe:
 
     def attention_at_once(self, *asked: AttentionCase) -> list[Array]:
         """Outputs [B, H, M, D] of these attention steps, asked all at once, each on a thread of its own."""
+        self.asked, self.compared = asked, {}
         shapes = [Shapes({"": (case.query.shape, str(case.query.dtype))}) for case in asked]
         calls = [case.arguments() for case in asked]
         return self._ask(self._session.call_at_once, "span_attention", calls, shapes)
@@ -135,7 +136,7 @@ class Probe:
     def compare(self, what: str, got: Array, expected: Expected, *, place: int | None = None) -> None:
         """Fail unless `got` is within the bound everywhere that the bound decides anything, and nowhere NaN.
 
-        `place` is that of the operation of a program that gave it.
+        `place` is that of the operation of a program, or of the question, that it answers.
 
         Raises:
             Misbehaviour: where it is furthest off, what it is and what it should be.

@@ -1,23 +1,20 @@
-"""Running checks: Hypothesis draws and shrinks, a session asks the backend, a report collects."""
+"""Running checks: cases are drawn and shrunk, a session asks the backend, a report collects."""
 
 import platform
 import time
-import warnings
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
 import hypothesis
 import numpy as np
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis.errors import Flaky, HypothesisWarning
-from hypothesis.strategies import SearchStrategy
+from hypothesis.errors import Flaky
 from threadpoolctl import ThreadpoolController
 
 import refspan
 from refspan.conformance.cases import AttentionCase, Memories
+from refspan.conformance.drawing import ask_all
 from refspan.conformance.guard import Hung, Misbehaviour, NotOffered
 from refspan.conformance.model_cases import ModelCase
 from refspan.conformance.pictures import pictures_of
@@ -28,6 +25,7 @@ from refspan.conformance.sessions import Session
 from refspan.conformance.tolerance import Expected
 from refspan.conformance.vectors.program_vector import program_vector_of
 from refspan.conformance.vectors.reading import AnyVector
+from refspan.conformance.vectors.replay import checks_of
 from refspan.conformance.vectors.vector import OF_LEVEL, vector_of
 from refspan.errors import SetupError
 
@@ -91,7 +89,7 @@ def run(
         replay: the command that runs the check of an id again.
         tick: called before each example.
         expected: check -> why it is expected to fail.
-        keep: called with the smallest counterexample of each failure that one question shows.
+        keep: called with the smallest counterexample of each failure, if one question alone shows it.
     """
     checks = list(checks)
     report.planned = len(checks)
@@ -112,6 +110,27 @@ def run(
     report.complete = True
 
 
+@dataclass(frozen=True)
+class _Found:
+    """A failure, and what showed it."""
+
+    case: Any
+    error: Misbehaviour
+    questions: tuple[Any, ...]
+    """All that were asked, one after the other."""
+    compared: Mapping[str, Expected]
+    """What the answer was compared with, if there was one question."""
+
+    @property
+    def question(self) -> Any:
+        """The question that was answered wrongly, if that is known, or else the case."""
+        if len(self.questions) == 1:
+            return self.questions[0]
+        if isinstance(self.case, AttentionCase | Memories) and self.error.place is not None:
+            return self.questions[self.error.place]
+        return self.case
+
+
 def _run_one(
     session: Session,
     check: Check,
@@ -124,15 +143,14 @@ def _run_one(
 ) -> Result:
     probe = Probe(session)
     asked = 0
-    # (case, what was wrong, the one question that showed it and what was expected, or else the case itself)
-    shrunk: tuple[Any, Misbehaviour, Any, Mapping[str, Expected]] | None = None
-    lost: tuple[Any, Misbehaviour, Any, Mapping[str, Expected]] | None = None  # hung or died: asked once, not shrunk
+    shrunk: _Found | None = None
+    lost: _Found | None = None  # hung or died: asked once, not shrunk
     declined: NotOffered | None = None  # before anything was wrong
 
     def ask(case: Any) -> None:
         nonlocal asked, shrunk, lost, declined
         if lost is not None:
-            raise lost[1]
+            raise lost.error
         if declined is not None:
             raise declined
         tick(check, asked)
@@ -146,8 +164,8 @@ def _run_one(
             declined = error
             raise
         except Misbehaviour as error:
-            alone = len(probe.asked) == 1
-            found = case, error, probe.asked[0] if alone else case, dict(probe.compared) if alone else {}
+            compared = dict(probe.compared) if len(probe.asked) == 1 else {}
+            found = _Found(case, error, probe.asked, compared)
             if isinstance(error, Hung):
                 lost = found
             else:
@@ -166,7 +184,7 @@ def _run_one(
     status: Status = "passed"
     note = ""
     try:
-        _ask_all(check, dtype, seed, examples, ask)
+        ask_all(check, dtype, seed, examples, ask)
     except NotOffered:
         return result("not offered")
     except Misbehaviour:
@@ -178,98 +196,50 @@ def _run_one(
         found = lost or shrunk
         if found is None:
             return result(status, Failure(f"the check could not be finished{note}", (), replay))
-        case, error, question, compared = found
-        vector = _frozen(check, case, question, compared)
+        question, vector = _alone(session, check, found, asked_again=found is not lost)
+        shown = question if isinstance(found.case, AttentionCase | Memories) else found.case
+        pictures = tuple(pictures_of(shown, found.error.row))
+        if isinstance(shown, AttentionCase | Memories):
+            described = shown.describe(found.error.row)
+        elif isinstance(shown, ModelCase):
+            described = shown.describe(found.error.place)
+        else:
+            described = shown.describe()
         if vector is not None:
             keep(vector)
-        pictures = tuple(pictures_of(case, error.row))
-        if isinstance(case, AttentionCase | Memories):
-            described = case.describe(error.row)
-        elif isinstance(case, ModelCase):
-            described = case.describe(error.place)
-        else:
-            described = case.describe()
-        return result(status, Failure(f"{error}{note}", tuple(described), replay, pictures))
+        elif len(found.questions) > 1:
+            described.append(f"one of {len(found.questions)} questions; each, asked alone, is answered rightly")
+        return result(status, Failure(f"{found.error}{note}", tuple(described), replay, pictures))
     return result(status)
 
 
-def _frozen(check: Check, case: Any, question: Any, compared: Mapping[str, Expected]) -> AnyVector | None:
-    """The question of a check as a vector; None if it cannot be one."""
+def _alone(session: Session, check: Check, found: _Found, *, asked_again: bool) -> tuple[Any, AnyVector | None]:
+    """Which question to show, and as a vector if it can be one, and fails when nothing else is asked."""
+    if len(found.questions) == 1 or not asked_again:
+        return found.question, _frozen(check, found, found.question)
+    for question in (found.question, *found.questions):
+        vector = _frozen(check, found, question)
+        if vector is not None and _fails(session, vector):
+            return question, vector
+    return found.question, None
+
+
+def _frozen(check: Check, found: _Found, question: Any) -> AnyVector | None:
+    """A question as a vector; None if it cannot be one."""
     about: dict[str, Any] = {"check": check.id, "clauses": check.clauses, "purpose": check.purpose.partition("\n")[0]}
     if (operation := OF_LEVEL.get(check.level)) is not None:
-        return vector_of(question, operation, compared=compared, **about)
-    return program_vector_of(question, notes=getattr(case, "notes", ()), **about)
+        return vector_of(question, operation, compared=found.compared, **about)
+    return program_vector_of(question, notes=getattr(found.case, "notes", ()), **about)
 
 
-def drawn(check: Check, dtype: np.dtype, seed: int, examples: int) -> list[Any]:
-    """The cases that `run` asks of a backend that passes, in their order."""
-    cases: list[Any] = []
-
-    def collect(case: Any) -> None:
-        cases.append(case)
-
-    _ask_all(check, dtype, seed, examples, collect)
-    return cases
-
-
-AT_ONCE = 10
-"""Examples of one run of Hypothesis. After as many it goes on with small changes of each, which differ too little."""
-
-
-def _ask_all(check: Check, dtype: np.dtype, seed: int, examples: int, ask: Callable[[Any], None]) -> None:
-    cases = check.cases(dtype)
-    if not isinstance(cases, Sequence):
-        _draw(cases, f"{seed} {check.id} {dtype}", max(1, examples // check.cost), ask)
-        return
-    for place, case in enumerate(cases):
-        if isinstance(case, SearchStrategy):
-            share = examples // check.cost // len(cases) + (place < examples // check.cost % len(cases))
-            _draw(case, f"{seed} {check.id} {dtype} {place}", max(1, share), ask)
-        else:
-            ask(case)
-
-
-def _draw(cases: SearchStrategy[Any], seed: str, left: int, ask: Callable[[Any], None]) -> None:
-    turn = 0
-    while left > 0:
-        # Each run begins with the plainest case there is. Once is enough, and not as the very first question: it has
-        # no memories, so that a backend whose first call goes wrong would be right all the same.
-        last = left <= AT_ONCE
-        count = min(AT_ONCE, left + (not last))
-        own_seed = zlib.crc32(f"{seed} {turn}".encode())
-        _ask_some(cases, own_seed, count, ask if last else _but_the_first(ask))
-        left -= count - (not last)
-        turn += 1
-
-
-def _but_the_first(ask: Callable[[Any], None]) -> Callable[[Any], None]:
-    """`ask`, which is not called the first time."""
-    called = False
-
-    def later(case: Any) -> None:
-        nonlocal called
-        if called:
-            ask(case)
-        called = True
-
-    return later
-
-
-def _ask_some(cases: SearchStrategy[Any], seed: int, examples: int, ask: Callable[[Any], None]) -> None:
-    decorate = settings(
-        max_examples=examples,
-        database=None,
-        deadline=None,
-        derandomize=False,
-        phases=(Phase.generate, Phase.shrink),
-        report_multiple_bugs=False,
-        suppress_health_check=list(HealthCheck),
-        print_blob=False,
-    )
-
-    def asked(case: Any) -> None:
-        ask(case)
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", HypothesisWarning)  # about the size of cases, which we describe ourselves
-        hypothesis.seed(seed)(decorate(given(cases)(asked)))()
+def _fails(session: Session, vector: AnyVector) -> bool:
+    """Whether a question is answered wrongly when nothing else is asked."""
+    (check,) = checks_of([vector])
+    try:
+        with np.errstate(all="ignore"):
+            check.body(Probe(session), vector)
+    except Misbehaviour:
+        return True
+    except NotOffered:
+        pass
+    return False

@@ -19,11 +19,12 @@ from typing import Any
 import numpy as np
 
 from refspan.clauses import CLAUSES
+from refspan.conformance.drawing import drawn
 from refspan.conformance.guard import Misbehaviour, NotOffered
 from refspan.conformance.memo import remembering
 from refspan.conformance.protocol import EXAMPLES, TIMEOUT
 from refspan.conformance.registry import CHECKS, LEVELS, Check, Probe
-from refspan.conformance.runner import drawn, select
+from refspan.conformance.runner import select
 from refspan.conformance.sessions import InProcess
 
 IMPATIENT = 1.0

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from refspan.conformance.external.child import Child
+from refspan.conformance.external.patience import Patience
 from refspan.conformance.external.worker import command, packed, unpacked
 from refspan.conformance.facts import dtypes_of, facts_of
 from refspan.conformance.guard import Hung, Shapes, calls_at_once, guarded_call
@@ -85,6 +86,7 @@ class Worker:
     def __init__(self, load: Callable[[], Any], *, timeout: float) -> None:
         """`load` must be picklable, and importable elsewhere; it is called in the other process."""
         self._load, self._timeout = load, timeout
+        self._patience = Patience()
         self._gone = ""
         """Why there is no process any more, if so."""
         self._start()
@@ -130,7 +132,7 @@ class Worker:
         except Hung:
             self._child.close(seconds=0)
             try:
-                self._start()
+                self._patience.start(self._start)
             except SetupError as error:
                 self._gone = f"the backend's process ended and could not be started again: {error}"
             raise

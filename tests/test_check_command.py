@@ -423,3 +423,12 @@ def test_from_another_folder_with_a_relative_file(tmp_path):
     assert ran.returncode == 0
     ran = check("--backend", "mine:Dense", "--level", "mask", "--examples", 2, cwd=tmp_path)
     assert ran.returncode == 0
+
+
+def test_a_run_leaves_nothing_behind(tmp_path):
+    ran = subprocess.run(
+        [sys.executable, "-m", "refspan", "check", "--backend", "numpy", "--check", "mask.values"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert ran.returncode == 0
+    assert list(tmp_path.iterdir()) == []

@@ -1,5 +1,6 @@
 """The suite rejects what is wrong, accepts what is right, and survives what is broken."""
 
+import importlib
 import inspect
 import sys
 
@@ -333,6 +334,13 @@ class TestBrokenBackends:
         assert (report.count("passed"), report.count("failed")) == (0, MASK)
         assert "could not be started again" in failures(report)["mask.kinks"]
 
+    def test_one_that_takes_long_to_start_is_not_started_for_ever(self, monkeypatch):
+        monkeypatch.setattr("refspan.conformance.external.patience.SECONDS", 1e-9)
+        report = self.run("Exits")
+        assert report.count("failed") == MASK
+        said = list(failures(report).values())
+        assert [("again and again" in message) for message in said] == [False, False] + [True] * (MASK - 2)
+
     def test_what_it_raises_is_shown_on_one_plain_line(self):
         message = failures(self.run("RaisesItsOwn"))["mask.values"]
         assert message == "soft_mask raised OwnException: ?[31mred lines"
@@ -419,3 +427,18 @@ def test_protocol_names_are_those_of_the_reference():
     for operation in ("soft_mask", "span_attention", "span_attention_backward"):
         asked = inspect.signature(getattr(Backend, operation)).parameters
         assert list(inspect.signature(getattr(NumpyBackend, operation)).parameters) == list(asked)
+
+
+def test_a_seed_means_the_same_cases_whatever_is_loaded(tmp_path, monkeypatch):
+    """Hypothesis would draw numbers that it finds in the source of modules of one's own."""
+    from refspan.conformance.drawing import drawn
+
+    def spans():
+        return [case.memories.span.tobytes() for case in drawn(check, np.dtype("float32"), 0, 200)]
+
+    (check,) = select(ids=["attention.output"])
+    before = spans()
+    (tmp_path / "my_numbers.py").write_text(f"NUMBERS = {list(range(2, 60_000, 61))}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("my_numbers")
+    assert spans() == before

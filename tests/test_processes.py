@@ -12,7 +12,7 @@ import misbehaving
 import pytest
 
 from refspan.conformance.external.backend import CommandSession
-from refspan.conformance.external.child import Child
+from refspan.conformance.external.child import RELAYED, Child
 from refspan.conformance.loading import session_of
 from refspan.conformance.report import Report
 from refspan.conformance.runner import run, select
@@ -96,6 +96,33 @@ def test_whoever_reads_our_output_need_not_wait_for_them(way, sleepers):
     assert sleepers() == []
 
 
+def test_what_a_backend_prints_is_shown_but_not_without_end(tmp_path):
+    (tmp_path / "prints.py").write_text(
+        "import sys\n"
+        "class Says:\n"
+        "    name = 'says'\n"
+        "    def soft_mask(self, span, age, *, queries, ramp):\n"
+        "        print('hello'); print('and', file=sys.stderr)\n"
+        "class Floods(Says):\n"
+        "    def soft_mask(self, span, age, *, queries, ramp):\n"
+        "        while True: print('x' * 1000)\n"
+    )
+
+    def stderr_of(name):
+        ran = subprocess.run(
+            [sys.executable, "-m", "refspan", "check", "--backend", f"{tmp_path / 'prints.py'}:{name}",
+             "--check", "mask.past", "--timeout", "1"],
+            capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert ran.returncode == 1
+        return ran.stderr
+
+    assert set(stderr_of("Says").split()) == {"hello", "and"}
+    flood = stderr_of("Floods")
+    assert len(flood) < RELAYED + 1000
+    assert f"refspan: the backend's process wrote more than {RELAYED} bytes; the rest is left out" in flood
+
+
 @linux
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 @pytest.mark.parametrize("way", WAYS)
@@ -103,7 +130,8 @@ def test_a_backend_does_not_outlive_the_checker(way, how, mark):
     code = (
         "from refspan.conformance.loading import session_of\n"
         "from refspan.conformance.registry import Probe\n"
-        "from refspan.conformance.runner import drawn, select\n"
+        "from refspan.conformance.drawing import drawn\n"
+        "from refspan.conformance.runner import select\n"
         f"session = session_of({named('Spins', way)!r}, timeout=90)\n"
         "(check,) = select(ids=['mask.past'])\n"
         "check.body(Probe(session), drawn(check, 'float32', 0, 1)[0])"

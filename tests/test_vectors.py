@@ -201,6 +201,28 @@ def test_failures_of_models_are_saved_and_fail_again(tmp_path, mutant, check_id)
     assert ran.returncode == 0, ran.stdout
 
 
+SEVERAL_QUESTIONS = ["mask.repeated", "attention.repeated", "attention.threads", "attention.mask_scale",
+                     "attention.block_split", "gradient.repeated"]  # fmt: skip
+
+
+@pytest.mark.parametrize("check_id", SEVERAL_QUESTIONS)
+def test_of_several_questions_one_that_fails_alone_is_saved(check_id):
+    """Or none, where it takes them all."""
+    (of_check,) = select(ids=[check_id])
+    saved = []
+    for mutant in (one for one in MUTANTS.values() if one.area in ("mask", "weights", "gradients", "behaviour")):
+        if mutant.hangs:
+            continue
+        session, kept = InProcess(mutant.make(), timeout=20), []
+        (result,) = run(session, [of_check], Report(session.facts), examples=40, keep=kept.append)
+        for vector in kept:
+            (again,) = run(session, checks_of([vector]), Report(session.facts))
+            assert again.status == "failed", (mutant.name, result.failure)
+        session.close()
+        saved += kept
+    assert saved
+
+
 def test_all_mutants_of_models_that_checks_of_one_question_reject_are_rejected():
     """What frozen programs are there for; what is left needs two programs, or an own question."""
     killed = {name for vector in programs() for name in vector.kills}

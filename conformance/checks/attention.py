@@ -296,8 +296,8 @@ def repeated(probe: Probe, case: AttentionCase) -> None:
     forgot = case.with_memories(span=np.zeros_like(case.memories.span), ramp=case.memories.ramp + 1)
     shorter = case.select(slots=slice(1, None))
     questions = [case, other, forgot, shorter, case]
-    for question, got in zip(questions, probe.attention(*questions), strict=True):
-        probe.compare("output", got, attention_bounds(question).expected_output())
+    for i, output in enumerate(probe.attention(*questions)):
+        probe.compare("output", output, attention_bounds(questions[i]).expected_output(), place=i)
 
 
 @check("attention.threads", clauses=["OUTPUT"], needs=NEEDS, cases=some(), cost=2)
@@ -307,5 +307,5 @@ def threads(probe: Probe, case: AttentionCase) -> None:
     forgot = case.with_memories(span=np.zeros_like(case.memories.span), ramp=case.memories.ramp + 1)
     shorter = case.select(slots=slice(1, None))
     questions = [case, other, forgot, shorter]
-    for question, got in zip(questions, probe.attention_at_once(*questions), strict=True):
-        probe.compare("output", got, attention_bounds(question).expected_output())
+    for i, output in enumerate(probe.attention_at_once(*questions)):
+        probe.compare("output", output, attention_bounds(questions[i]).expected_output(), place=i)

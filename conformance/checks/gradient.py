@@ -17,9 +17,11 @@ from refspan.conformance.tolerance import Expected, attention_bounds
 NEEDS = ["span_attention_backward"]
 
 
-def _compare(probe: Probe, got: Mapping[str, Array], expected: Mapping[str, Expected]) -> None:
+def _compare(
+    probe: Probe, got: Mapping[str, Array], expected: Mapping[str, Expected], *, place: int | None = None
+) -> None:
     for name, want in expected.items():
-        probe.compare(f"gradient of {name}", got[name], want)
+        probe.compare(f"gradient of {name}", got[name], want, place=place)
 
 
 @check("gradient.values", clauses=["GRAD"], needs=NEEDS, cases=some())
@@ -242,5 +244,5 @@ def repeated(probe: Probe, case: AttentionCase) -> None:
     other = replace(case, grad_out=-case.grad_out[..., ::-1], value=-case.value)
     shorter = case.select(slots=slice(1, None))
     questions = [case, other, shorter, case]
-    for question, got in zip(questions, probe.gradients(*questions), strict=True):
-        _compare(probe, got, attention_bounds(question).expected_gradients())
+    for i, got in enumerate(probe.gradients(*questions)):
+        _compare(probe, got, attention_bounds(questions[i]).expected_gradients(), place=i)

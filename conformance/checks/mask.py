@@ -103,5 +103,5 @@ def repeated(probe: Probe, asked: Memories) -> None:
     shorter = replace(asked, span=asked.span[:, 1:], age=asked.age[:, 1:])
     ramped = replace(asked, ramp=asked.ramp + 1)
     questions = [asked, other, shorter, ramped, asked]
-    for question, mask in zip(questions, probe.soft_mask(*questions), strict=True):
-        probe.compare("mask", mask, expected_mask(question))
+    for i, mask in enumerate(probe.soft_mask(*questions)):
+        probe.compare("mask", mask, expected_mask(questions[i]), place=i)

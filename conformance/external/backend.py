@@ -10,6 +10,7 @@ import numpy as np
 
 from refspan.config import ModelConfig, parameter_shapes
 from refspan.conformance.external.child import Child
+from refspan.conformance.external.patience import Patience
 from refspan.conformance.external.stream import Kept, Stream
 from refspan.conformance.external.wire import VERSION, NoMessage, answer, message
 from refspan.conformance.facts import plain_dtypes, plain_facts
@@ -218,6 +219,7 @@ class CommandSession:
 
     def __init__(self, command: str, *, timeout: float) -> None:
         self._start = partial(CommandBackend, command, timeout)
+        self._patience = Patience()
         self._gone = ""
         self._backend = self._start()
         about = {"backend": self._backend.name, "command": one_line(command)}
@@ -249,7 +251,7 @@ class CommandSession:
         except Hung:
             self.close()
             try:
-                self._backend = self._start()
+                self._backend = self._patience.start(self._start)
             except SetupError as error:
                 self._gone = f"the command could not be started again: {error}"
             raise

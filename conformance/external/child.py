@@ -21,6 +21,8 @@ WORDS = 250
 """Bytes of stderr that are kept and shown of its end, and as many of its beginning since it was asked."""
 LONGEST_LINE = 1 << 20
 """Bytes of a header."""
+RELAYED = 1 << 20
+"""Bytes of what goes to our own stderr that a process may write there."""
 KILL_SECONDS = 10.0
 """For the warden to do its work."""
 
@@ -35,7 +37,7 @@ class Child:
     Args:
         words: the command and its arguments.
         who: what messages call it.
-        hear_stderr: keep some of its stderr for messages. It is our own stderr otherwise.
+        hear_stderr: keep some of its stderr for messages. Otherwise it goes to ours, as much of it as one may read.
     """
 
     def __init__(self, words: Sequence[str], *, who: str = "the command", hear_stderr: bool = True) -> None:
@@ -49,7 +51,7 @@ class Child:
                     [sys.executable, "-I", "-S", WARDEN, *about, *words],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE if hear_stderr else _own_stderr(),
+                    stderr=subprocess.PIPE,
                     bufsize=0,
                     pass_fds=[theirs.fileno()],
                     start_new_session=True,  # Ctrl-C is for us alone
@@ -61,16 +63,17 @@ class Child:
         assert self._process.stdin is not None  # noqa: S101
         assert self._process.stdout is not None  # noqa: S101
         self._in, self._out = self._process.stdin.fileno(), self._process.stdout.fileno()
-        self._err = self._process.stderr.fileno() if self._process.stderr is not None else None
+        assert self._process.stderr is not None  # noqa: S101
+        self._err: int | None = self._process.stderr.fileno()
         for pipe in (self._in, self._out, self._err):
-            if pipe is not None:
-                os.set_blocking(pipe, False)
+            os.set_blocking(pipe, False)
         self._read = bytearray()
         """What it wrote and nobody has taken yet."""
         self._came, self._in_line = 0, True
         """Bytes of its stdout since it was asked, and whether a line is waited for."""
         self._first, self._said, self._much = bytearray(), bytearray(), 0
         """Of its stderr the beginning since it was asked, the end, and how much there is since it was asked."""
+        self._relayed = 0
         self._closed = False
         self._deadline = 0.0
         self._what = ""
@@ -134,12 +137,12 @@ class Child:
         try:
             with suppress(Hung):
                 self.write(last_words)
-            for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
+            for pipe in (self._process.stdin, self._process.stdout):
                 if pipe is not None:
                     pipe.close()
-            self._err = None
+            self._take_the_rest_of_stderr()
             with suppress(subprocess.TimeoutExpired):
-                self._process.wait(seconds)
+                self._process.wait(max(0.0, self._deadline - time.monotonic()))
         finally:
             self._kill()
 
@@ -189,10 +192,25 @@ class Child:
             if not data:
                 self._err = None
                 return
+            if not self._hear_stderr:
+                self._relay(data)
+                continue
             self._first += data[: WORDS - len(self._first)]
             self._much += len(data)
             self._said += data
             del self._said[:-WORDS]
+
+    def _relay(self, data: bytes) -> None:
+        """Hand on what it writes to stderr, until it is too much."""
+        left = RELAYED - self._relayed
+        self._relayed += len(data)
+        if sys.__stderr__ is None or left < 0:
+            return
+        with suppress(OSError, ValueError):  # it may have been closed
+            os.write(sys.__stderr__.fileno(), data[:left])
+            if left < len(data):
+                words = f"\nrefspan: {self._who} wrote more than {RELAYED} bytes; the rest is left out\n"
+                os.write(sys.__stderr__.fileno(), words.encode())
 
     def _so_far(self) -> str:
         """What of an answer has come: who forgets to flush, or to end a line, looks for the fault elsewhere."""
@@ -201,6 +219,16 @@ class Child:
         if not self._came:
             return " (nothing came; is the answer flushed?)"
         return f" ({self._came} bytes came{', without a line break' if self._in_line else ', and more were announced'})"
+
+    def _take_the_rest_of_stderr(self) -> None:
+        """What it still says when nobody asks any more, until its time is over; then it is closed."""
+        self._take_stderr()
+        while self._err is not None and (left := self._deadline - time.monotonic()) > 0:
+            if select.select([self._err], [], [], left)[0]:
+                self._take_stderr()
+        self._err = None
+        if self._process.stderr is not None:
+            self._process.stderr.close()
 
     def _words(self) -> str:
         said = self.stderr()
@@ -217,15 +245,6 @@ class Child:
                 return f"{self._what}: {self._who} cannot be started: {why}"
         how = f"by signal {_name(-code)}" if code < 0 else f"with status {code}"
         return f"{self._what}: {self._who} ended {how}{self._words()}"
-
-
-def _own_stderr() -> int | None:
-    """Ours, if there is one."""
-    try:
-        os.fstat(2)
-    except OSError:
-        return subprocess.DEVNULL
-    return None
 
 
 def _name(number: int) -> str:

@@ -10,6 +10,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NoReturn
 
 from refspan.conformance.facts import dtypes_of, facts_of
@@ -91,6 +92,7 @@ def _loaded(load: Callable[[], Any]) -> tuple[Any, Reply]:
 
 def _end() -> NoReturn:
     """At once: threads of the backend might never end."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+    for stream in (sys.stdout, sys.stderr):  # None, or anything else, if the backend has put it there
+        with suppress(Exception):
+            stream.flush()
     os._exit(0)

@@ -95,7 +95,8 @@ def command(
 ) -> int:
     """Hold a backend against the specification.
 
-    Exit status: 0 the backend conforms or fails as expected, 1 it does not, 2 it could not be asked, 130 after Ctrl-C.
+    Exit status: 0 the backend conforms or fails as expected, 1 it does not, 2 it could not be asked, 128 and the number
+    of the signal if one ended it: 130 after Ctrl-C.
     """
     if self_test:
         _refuse_others(ctx)

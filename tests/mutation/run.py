@@ -111,7 +111,8 @@ def what_runs(source):
 
 def all_cases():
     """(check, its cases) of every check, those that kill most and cost least first."""
-    from refspan.conformance.runner import drawn, select
+    from refspan.conformance.drawing import drawn
+    from refspan.conformance.runner import select
 
     cheap = ("gradient.values", "attention.position", "training.gradients", "memory.state_machine", "model.pre_norm")
     checks = sorted(select(), key=lambda check: (check.id not in cheap, check.cost, check.id))

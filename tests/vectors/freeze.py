@@ -16,11 +16,12 @@ from pathlib import Path
 import numpy as np
 import safetensors.numpy
 
+from refspan.conformance.drawing import drawn
 from refspan.conformance.guard import Misbehaviour, NotOffered
 from refspan.conformance.memo import remembering
 from refspan.conformance.mutants import MUTANTS, RIGHT
 from refspan.conformance.registry import Probe
-from refspan.conformance.runner import drawn, select
+from refspan.conformance.runner import select
 from refspan.conformance.sessions import InProcess
 from refspan.conformance.vectors.program_json import to_json
 from refspan.conformance.vectors.program_vector import LEVELS, ProgramVector, program_vector_of
