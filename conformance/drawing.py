@@ -90,18 +90,18 @@ def _ask_some(cases: SearchStrategy[Any], seed: int, examples: int, ask: Callabl
     def asked(case: Any) -> None:
         ask(case)
 
-    with warnings.catch_warnings(), _whatever_is_loaded():
+    with warnings.catch_warnings(), _no_local_constants():
         warnings.simplefilter("ignore", HypothesisWarning)  # about the size of cases, which we describe ourselves
         hypothesis.seed(seed)(decorate(given(cases)(asked)))()
 
 
 @contextmanager
-def _whatever_is_loaded() -> Iterator[None]:
-    """Keep Hypothesis from drawing numbers that it finds in the source of the modules that are loaded.
+def _no_local_constants() -> Iterator[None]:
+    """Keep Hypothesis from drawing "local constants", numbers that it finds in the source of loaded modules.
 
-    Which ones it takes for source of one's own depends on how refspan was installed and on what else is at work, so the
-    same seed would mean other cases in someone else's CI than in the command that shows a failure again. There is no
-    setting for it. Hypothesis would also keep what it finds, in a folder `.hypothesis` of the current directory.
+    Which modules it takes for local depends on how refspan was installed and on what else is at work, so the same seed
+    would mean other cases in someone else's CI than in the command that shows a failure again. There is no setting for
+    it. Hypothesis would also keep what it finds, in a folder `.hypothesis` of the current directory.
     """
     try:
         providers: Any = importlib.import_module("hypothesis.internal.conjecture.providers")

@@ -50,13 +50,12 @@ def whole_number(value: Any) -> int | None:
 class Misbehaviour(Exception):
     """What a backend did wrong, in one line."""
 
-    row = 0
-    """Of the batch, in which it is wrong, if that is known."""
-    place: int | None = None
-    """Of a program the operation, of several questions the one that shows it, if that is known."""
-
-    def __init__(self, text: object) -> None:
+    def __init__(self, text: object, *, row: int = 0, place: int | None = None) -> None:
         super().__init__(one_line(text, 2000))
+        self.row = row
+        """Of the batch, in which it is wrong, if that is known."""
+        self.place = place
+        """Of a program the operation, of several questions the one that shows it, if that is known."""
 
 
 class Hung(Misbehaviour):

@@ -154,12 +154,12 @@ class Probe:
         self.worst = max(self.worst, float(ratio[at]))
         if ratio[at] > 1:
             where = f"[{', '.join(str(int(i)) for i in at)}]" if at else ""
-            wrong = Misbehaviour(
+            raise Misbehaviour(
                 f"{what}{where} is {wide[at]:.9g}, expected {value[at]:.9g} +- {bound[at]:.2g}"
-                f" (off by {error[at]:.3g}, {ratio[at]:.3g} times the bound)"
+                f" (off by {error[at]:.3g}, {ratio[at]:.3g} times the bound)",
+                row=int(at[0]) if at else 0,
+                place=place,
             )
-            wrong.row, wrong.place = int(at[0]) if at else 0, place
-            raise wrong
 
     def agree(self, what: str, got: Array, other: Array, bound: Array) -> None:
         """Fail unless two answers that should be equal are, both having been allowed an error of `bound`."""

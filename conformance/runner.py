@@ -208,7 +208,9 @@ def _run_one(
         if vector is not None:
             keep(vector)
         elif len(found.questions) > 1:
-            described.append(f"one of {len(found.questions)} questions; each, asked alone, is answered rightly")
+            described.append(
+                f"one of {len(found.questions)} questions, none of which can be saved as one that fails alone"
+            )
         return result(status, Failure(f"{found.error}{note}", tuple(described), replay, pictures))
     return result(status)
 

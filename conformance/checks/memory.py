@@ -117,14 +117,14 @@ def state_machine(probe: Probe, case: ModelCase) -> None:
     follow(probe, case)
 
 
-def sizes(dtype: np.dtype) -> list[st.SearchStrategy[ModelCase]]:
+def _asking_for_sizes(dtype: np.dtype) -> list[st.SearchStrategy[ModelCase]]:
     """Programs that ask for sizes; every other one has spans of which none is rounded."""
     about: dict[str, Any] = {"sizes": True, "resets": True, "restores": True}
     exact = cases(dtype, spans=(HALF,), longest=(8.0, 2.0, 20.0), least_tokens=30, **about)
     return [cases(dtype, least_tokens=20, **about), exact]
 
 
-@check("memory.bound", clauses=["BOUND"], needs=NEEDS, cost=COST, cases=sizes)
+@check("memory.bound", clauses=["BOUND"], needs=NEEDS, cost=COST, cases=_asking_for_sizes)
 def bound(probe: Probe, case: ModelCase) -> None:
     """As many memories are held as are live in the fullest row, rounded up to the granularity that is documented."""
     (answers,) = probe.programs(case.program)
@@ -135,12 +135,11 @@ def bound(probe: Probe, case: ModelCase) -> None:
             for layer, (held, (least, live)) in enumerate(zip(answers[i], expected.held(i), strict=True)):
                 most = -(-live // grain) * grain
                 if not least <= held <= most:
-                    wrong = Misbehaviour(
+                    raise Misbehaviour(
                         f"layer {layer} holds {held} memories at operation {i}, {operation}; {live} are live in the "
-                        f"fullest row, expected {f'at most {most}' if held > most else f'at least {least}'}"
+                        f"fullest row, expected {f'at most {most}' if held > most else f'at least {least}'}",
+                        place=i,
                     )
-                    wrong.place = i
-                    raise wrong
 
 
 @check("memory.projected_once", clauses=["CACHE"], needs=NEEDS, cost=COST, cases=some(projected=True))

@@ -64,7 +64,8 @@ class Child:
         assert self._process.stdout is not None  # noqa: S101
         self._in, self._out = self._process.stdin.fileno(), self._process.stdout.fileno()
         assert self._process.stderr is not None  # noqa: S101
-        self._err: int | None = self._process.stderr.fileno()
+        self._stderr = self._process.stderr
+        self._err: int | None = self._stderr.fileno()
         for pipe in (self._in, self._out, self._err):
             os.set_blocking(pipe, False)
         self._read = bytearray()
@@ -227,8 +228,7 @@ class Child:
             if select.select([self._err], [], [], left)[0]:
                 self._take_stderr()
         self._err = None
-        if self._process.stderr is not None:
-            self._process.stderr.close()
+        self._stderr.close()
 
     def _words(self) -> str:
         said = self.stderr()
