@@ -12,6 +12,7 @@ from pathlib import Path
 import misbehaving
 import pytest
 from click.testing import CliRunner
+from starting import started
 
 from refspan.__main__ import cli
 from refspan.conformance.mutants import dense
@@ -247,10 +248,7 @@ def interrupted(folder, number, *arguments, backend="endless.py:Hangs", all_proc
     command = [sys.executable, "-m", "refspan", "check", "--backend", backend, "--timeout", "600", *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 
-    def heed():
-        signal.signal(number, signal.SIG_DFL)  # whoever runs the tests may have been started by nohup
-
-    with subprocess.Popen(command, cwd=folder, start_new_session=all_processes, preexec_fn=heed, **pipes) as process:
+    with started(number, command, cwd=folder, start_new_session=all_processes, **pipes) as process:
         try:
             for _ in range(600):
                 if (folder / "waiting").exists():

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import misbehaving
 import pytest
+from starting import started
 
 from refspan.conformance.external.backend import CommandSession
 from refspan.conformance.external.child import RELAYED, Child
@@ -178,11 +179,9 @@ def test_a_command_ends_with_its_warden(tmp_path):
 @pytest.mark.parametrize("aim", ["group", "backend"])
 def test_ctrl_c_while_a_backend_loads_is_no_traceback(aim, mark):
     """A terminal sends it to all processes of a group."""
-    checker = subprocess.Popen(
-        [sys.executable, "-m", "refspan", "check", "--backend", named("LoadsForEver", "in Python")],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )  # fmt: skip
+    command = [sys.executable, "-m", "refspan", "check", "--backend", named("LoadsForEver", "in Python")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    checker = started(signal.SIGINT, command, start_new_session=True, **pipes)
     try:
         assert until(mark.exists)
         pid = int(mark.read_text())
@@ -252,5 +251,6 @@ def test_a_checker_without_input_and_output(mark):
         "session.close()\n"
         f"open({str(mark)!r}, 'w').write(session.facts['backend'])"
     )
-    subprocess.run([sys.executable, "-c", code], preexec_fn=lambda: os.closerange(0, 3), timeout=60, check=True)
+    closed = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"]
+    subprocess.run([*closed, sys.executable, "-c", code], timeout=60, check=True)
     assert mark.read_text() == "dense"
