@@ -1,9 +1,10 @@
 """A command as a backend, and a session that starts it anew when it has died."""
 
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from refspan.config import ModelConfig, parameter_shapes
 from refspan.conformance.external.child import Child
 from refspan.conformance.external.patience import Patience
 from refspan.conformance.external.stream import Kept, Stream
-from refspan.conformance.external.wire import VERSION, NoMessage, answer, message
+from refspan.conformance.external.wire import NOTHING, VERSION, NoMessage, answer, message
 from refspan.conformance.facts import plain_dtypes, plain_facts
 from refspan.conformance.guard import (
     Hung,
@@ -29,6 +30,8 @@ from refspan.conformance.protocol import OPERATIONS, Array
 from refspan.errors import SetupError
 
 START_SECONDS = 120.0
+MOST_POSITIONS = 1 << 16
+"""That initial parameters may have, give or take."""
 
 
 class CommandBackend:
@@ -87,19 +90,20 @@ class CommandBackend:
     def soft_mask(self, span: Array, age: Array, *, queries: int, ramp: float) -> Any:
         """As in the protocol."""
         asked = {"operation": "soft_mask", "queries": queries, "ramp": ramp}
-        return self.ask(asked, {"span": span, "age": age}, ["mask"])[1].get("mask")
+        return self.ask(asked, {"span": span, "age": age}, {"mask": queries * span.size})[1].get("mask")
 
     def span_attention(self, *arrays: Array, ramp: float, position: Array | None = None) -> Any:
         """As in the protocol."""
-        return self.ask(*_step("span_attention", arrays, ramp, position), ["output"])[1].get("output")
+        like = {"output": arrays[0].size}
+        return self.ask(*_step("span_attention", arrays, ramp, position), like)[1].get("output")
 
     def span_attention_backward(
         self, grad_out: Array, *arrays: Array, ramp: float, position: Array | None = None
     ) -> dict[str, Array]:
         """As in the protocol."""
         header, tensors = _step("span_attention_backward", arrays, ramp, position)
-        names = [name for name in tensors if name != "age"]
-        return self.ask(header, {"grad_out": grad_out, **tensors}, names)[1]
+        like = {name: x.size for name, x in tensors.items() if name != "age"}
+        return self.ask(header, {"grad_out": grad_out, **tensors}, like)[1]
 
     def open_model(
         self,
@@ -110,7 +114,7 @@ class CommandBackend:
         memory: Sequence[tuple[Array, Array]] | None = None,
     ) -> Stream:
         """As in the protocol."""
-        stream = Stream(self, self.new_name("stream"))
+        stream = Stream(self, self.new_name("stream"), config.vocab_size)
         tensors = {f"params.{name}": array for name, array in params.items()}
         for i, (hidden, age) in enumerate(memory or ()):
             tensors |= {f"memory.{i}.hidden": hidden, f"memory.{i}.age": age}
@@ -134,20 +138,23 @@ class CommandBackend:
         asked = {"operation": "loss_and_gradients", "config": asdict(config), "span_loss_weight": span_loss_weight}
         asked |= {"span_limit": span_limit, "memory": memory and memory.name, "keep": kept.name}
         tensors = {"tokens": tokens, "targets": targets} | {f"params.{name}": x for name, x in params.items()}
-        _, got = self.ask(asked, tensors, ["losses", *(f"grads.{name}" for name in params)])
+        _, got = self.ask(asked, tensors, {"losses": 2} | {f"grads.{name}": x.size for name, x in params.items()})
         grads = {n.removeprefix("grads."): x for n, x in got.items() if n.startswith("grads.")}
         return got.get("losses"), grads, kept
 
     def initial_parameters(self, config: ModelConfig, seed: int) -> dict[str, Array]:
         """As in the protocol."""
-        names = [f"params.{name}" for name in parameter_shapes(config)]
-        _, got = self.ask({"operation": "initial_parameters", "config": asdict(config), "seed": seed}, {}, names)
+        like = {
+            f"params.{name}": prod(MOST_POSITIONS if size == "P" else int(size) for size in shape)
+            for name, shape in parameter_shapes(config).items()
+        }
+        _, got = self.ask({"operation": "initial_parameters", "config": asdict(config), "seed": seed}, {}, like)
         return {name.removeprefix("params."): array for name, array in got.items()}
 
     def ask(
-        self, header: Mapping[str, Any], tensors: Mapping[str, Array], expected: Iterable[str] = ()
+        self, header: Mapping[str, Any], tensors: Mapping[str, Array], expected: Mapping[str, int] = NOTHING
     ) -> tuple[dict[str, Any], dict[str, Array]]:
-        """A request and its answer, with tensors under some of the names that are expected.
+        """A request and its answer, with tensors under some of the names that are expected (see `answer`).
 
         Raises:
             Misbehaviour: the command says that it failed.
@@ -160,7 +167,6 @@ class CommandBackend:
         asked = {"cmd": "run", "seq": self._asked, **header, "forget": forget}
         self._child.begin(operation, self._timeout)
         self._child.write(message(asked, tensors))
-        expected = list(expected)
         try:
             said, got = answer(self._child, expected)
         except Hung:

@@ -1,9 +1,10 @@
 """What a command keeps for us under a name: streams, states, memories of training."""
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from refspan.conformance.external.wire import NOTHING
 from refspan.conformance.protocol import Array
 
 if TYPE_CHECKING:
@@ -20,11 +21,16 @@ class Kept:
 
 
 class Stream(Kept):
-    """A stream that the command keeps."""
+    """A stream that the command keeps, of a model of so many tokens."""
+
+    def __init__(self, backend: "CommandBackend", name: str, vocab_size: int) -> None:
+        super().__init__(backend, name)
+        self._vocab_size = vocab_size
 
     def step(self, tokens: Array) -> Any:
         """As in the protocol."""
-        return self._ask("step", {"tokens": tokens}, ["log_probs"])[1].get("log_probs")
+        like = {"log_probs": tokens.size * self._vocab_size}
+        return self._ask("step", {"tokens": tokens}, like)[1].get("log_probs")
 
     def reset(self, row: int) -> None:
         """As in the protocol."""
@@ -52,7 +58,7 @@ class Stream(Kept):
         self,
         operation: str,
         tensors: Mapping[str, Array] | None = None,
-        expected: Iterable[str] = (),
+        expected: Mapping[str, int] = NOTHING,
         **options: Any,
     ) -> tuple[dict[str, Any], dict[str, Array]]:
         return self._backend.ask({"operation": operation, "stream": self.name, **options}, tensors or {}, expected)

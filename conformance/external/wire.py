@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from io import BytesIO
 from math import prod
 from typing import Any
@@ -15,11 +15,14 @@ from refspan.conformance.protocol import Array
 
 VERSION = 1
 """Of the protocol."""
+ROOM = 1 << 20
+"""Bytes of any tensor that a command may send."""
+TIMES = 16
+"""Or so many times what a right one takes in float64, if that is more: wrong shapes are to be seen and told."""
 LARGEST = 1 << 28
-"""Bytes of a tensor that a command may send."""
-LARGEST_SUM = 1 << 29
-"""Bytes of all tensors of an answer."""
+"""Bytes of a tensor that it may be sent."""
 DTYPES = {"<f2", "<f4", "<f8", "<i8", "|b1"}
+NOTHING: Mapping[str, int] = {}
 _MAGIC = b"\x93NUMPY\x01\x00"
 
 
@@ -36,8 +39,10 @@ def message(header: Mapping[str, Any], tensors: Mapping[str, Array]) -> bytes:
     return out.getvalue()
 
 
-def answer(child: Child, expected: Iterable[str] = ()) -> tuple[dict[str, Any], dict[str, Array]]:
+def answer(child: Child, expected: Mapping[str, int] = NOTHING) -> tuple[dict[str, Any], dict[str, Array]]:
     """The next message from a command, with tensors under some of the names that are expected.
+
+    `expected`: these names, and of how many numbers a right tensor is.
 
     Raises:
         Hung: there is none.
@@ -50,32 +55,23 @@ def answer(child: Child, expected: Iterable[str] = ()) -> tuple[dict[str, Any], 
         header = None
     if not isinstance(header, dict):
         raise NoMessage(f"expected a line of JSON, an object; the command wrote {_shown(line)}")
-    names, known = header.get("tensors", []), list(expected)
+    names = header.get("tensors", [])
     if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise NoMessage(f"`tensors`: got {shown(names)}, expected a list of names")
     for i, name in enumerate(names):
-        if name not in known:
-            listed = "some of " + ", ".join(known) if known else "none"
+        if name not in expected:
+            listed = "some of " + ", ".join(expected) if expected else "none"
             raise NoMessage(f"`tensors`: got {shown(name)}, expected {one_line(listed)}")
         if name in names[:i]:
             raise NoMessage(f"`tensors`: got {shown(name)} twice")
-    return header, _tensors(child, names)
+    return header, {name: read_tensor(child.read, name, max(ROOM, 8 * TIMES * expected[name])) for name in names}
 
 
-def _tensors(child: Child, names: Iterable[str]) -> dict[str, Array]:
-    """The tensors of an answer."""
-    tensors: dict[str, Array] = {}
-    for name in names:
-        left = LARGEST_SUM - sum(array.nbytes for array in tensors.values())
-        tensors[name] = read_tensor(child.read, name, left)
-    return tensors
-
-
-def read_tensor(read: Callable[[int], bytes | bytearray], name: str, left: int = LARGEST_SUM) -> Array:
+def read_tensor(read: Callable[[int], bytes | bytearray], name: str, most: int = LARGEST) -> Array:
     """The array of an npy file, of which `read(n)` returns the next n bytes.
 
     Raises:
-        NoMessage: it is not one, or it takes more than `left` bytes.
+        NoMessage: it is not one, or its numbers take more than `most` bytes.
     """
     start = read(len(_MAGIC) + 2)
     if start[: len(_MAGIC)] != _MAGIC:
@@ -94,10 +90,8 @@ def read_tensor(read: Callable[[int], bytes | bytearray], name: str, left: int =
         known = ", ".join(sorted(DTYPES))
         raise NoMessage(f"tensor {name!r}: got dtype {one_line(dtype.str)}, expected one of {known}")
     size = prod(shape) * dtype.itemsize
-    if len(shape) > 8 or any(length > LARGEST for length in shape) or size > LARGEST:
-        raise NoMessage(f"tensor {name!r}: shape {shown(shape)} is beyond the limit of {LARGEST} bytes")
-    if size > left:
-        raise NoMessage(f"tensor {name!r}: shape {shown(shape)} is beyond the limit of {LARGEST_SUM} bytes an answer")
+    if len(shape) > 8 or any(length > LARGEST for length in shape) or size > most:
+        raise NoMessage(f"tensor {name!r}: shape {shown(shape)} is beyond the limit of {most} bytes")
     flat: Array = np.frombuffer(read(size), dtype)
     return flat.reshape(shape, order="F" if fortran else "C")
 
