@@ -5,8 +5,7 @@ back. `guarded_call` turns all of that but the last into `Misbehaviour`; `refspa
 """
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier
+from threading import Barrier, Thread
 from typing import Any
 
 import numpy as np
@@ -130,13 +129,24 @@ def calls_at_once(
     if not getattr(backend, "thread_safe", True):
         raise NotOffered(operation)
     start = Barrier(len(calls))
+    answers: dict[int, Any] = {}
+    errors: dict[int, BaseException] = {}
 
-    def one(arguments: Mapping[str, Any], expected: Shapes) -> Any:
+    def one(i: int) -> None:
         start.wait()
-        return guarded_call(backend, operation, [arguments], [expected])[0]
+        try:
+            (answers[i],) = guarded_call(backend, operation, [calls[i]], [shapes[i]])
+        except BaseException as error:  # noqa: BLE001 - raised below
+            errors[i] = error
 
-    with ThreadPoolExecutor(len(calls)) as pool:
-        return list(pool.map(one, calls, shapes))
+    threads = [Thread(target=one, args=(i,), daemon=True) for i in range(len(calls))]  # one that hangs is left behind
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[min(errors)]
+    return [answers[i] for i in range(len(calls))]
 
 
 def _hand_over(name: str, value: Any, buffers: dict[tuple[str, tuple[int, ...], str], Array]) -> Any:

@@ -14,8 +14,8 @@ from refspan.conformance.protocol import Array
 SIZES = ((7, 6, 10, 1, 1, 4, 3), (11, 12, 20, 2, 2, 5, 4), (5, 8, 9, 2, 3, 3, 2), (13, 10, 16, 3, 2, 4, 5))
 """Vocabulary, hidden, feed-forward, layers, heads, head size, block; H * D is not d."""
 
-LARGE = ((50, 48, 96, 1, 3, 20, 64),)
-"""As SIZES, wide enough for kernels to take more than one of their tiles."""
+LARGE = ((300, 48, 96, 1, 3, 20, 64),)
+"""As SIZES, wide enough for kernels to take more than one of their tiles; more tokens than bytes hold."""
 
 LONG = ((7, 6, 10, 1, 1, 4, 150), SIZES[0])
 """As SIZES, the smallest, with blocks that are long where an implementation cuts them."""
@@ -80,11 +80,12 @@ def models(
     loudness: float = 1.0,
     shapes: Sequence[tuple[int, ...]] = SIZES,
     longest: Sequence[float] = LONGEST,
+    reach: Sequence[int] | None = None,
 ) -> tuple[ModelConfig, dict[str, Array], str]:
     """A small model with parameters of every kind at work, and what it is like in words.
 
     `loudness`: what the last weights, and so the logits of tokens, are multiplied with. `shapes`: as `SIZES`.
-    `longest`: as `LONGEST`.
+    `longest`: as `LONGEST`. `reach`: what P is drawn from; None means about a block.
     """
     vocabulary, hidden, inner, layers, heads, head_size, block = draw(st.sampled_from(shapes))
     kind = draw(st.sampled_from(spans))
@@ -103,7 +104,7 @@ def models(
         norm=draw(st.sampled_from(norms)),
     )
     rng = np.random.default_rng(draw(st.integers(0, 2**16)))
-    positions = draw(st.sampled_from((block, 1, block - 1, 2 * block + 1)))
+    positions = draw(st.sampled_from(reach or (block, 1, block - 1, 2 * block + 1)))
     params = initial_parameters(config, int(rng.integers(2**31)), positions=positions, dtype="float64")
     for name, array in params.items():
         if "norm" in name:

@@ -114,10 +114,15 @@ class Learn:
     """[B, M] int64"""
     span_loss_weight: float = 0.0
     span_limit: float | None = None
+    again: bool = False
+    """From the memory that the block before it began with, not from what that left."""
 
     def __str__(self) -> str:
         options = f"span_loss_weight={self.span_loss_weight:g}, span_limit={self.span_limit}"
-        return f"loss_and_gradients({self.stream}, {_tokens(self.tokens)}, {_tokens(self.targets)}, .., {options})"
+        again = ", from the same memory as before" if self.again else ""
+        return (
+            f"loss_and_gradients({self.stream}, {_tokens(self.tokens)}, {_tokens(self.targets)}, .., {options}){again}"
+        )
 
 
 @dataclass(frozen=True)
@@ -151,6 +156,8 @@ class _Runner:
         self._backend = backend
         self._streams: dict[str, tuple[Any, Open]] = {}
         self._states: dict[str, Any] = {}
+        self._begun: dict[str, Any] = {}
+        """What the last block of training of a stream began with."""
         self._handed: list[tuple[str, Array, bytes]] = []
         """Arrays that the backend was given, and what was in them."""
         self._returned: list[tuple[str, Array, Array]] = []
@@ -232,6 +239,8 @@ class _Runner:
         params = {n: self._hand_over(f"parameter {n}", x) for n, x in operation.params.items()}
         tokens = self._hand_over("the tokens", operation.tokens)
         targets = self._hand_over("the targets", operation.targets)
+        if not operation.again:
+            self._begun[operation.stream] = self._states.get(operation.stream)
         answer = self._call(
             str(operation),
             self._backend,
@@ -240,7 +249,7 @@ class _Runner:
             params,
             tokens,
             targets,
-            self._states.get(operation.stream),
+            self._begun.get(operation.stream),
             span_loss_weight=operation.span_loss_weight,
             span_limit=operation.span_limit,
         )

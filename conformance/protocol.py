@@ -114,6 +114,7 @@ class Backend(Protocol):
         """One block of training: ((task loss, span loss), gradients by the names of `params`, memory for the next).
 
         `memory`: None to start empty, or what the call for the block before returned, whatever it is made of.
+        It may come more than once: a block may be run again from what it began with.
         """
 
     def initial_parameters(self, config: Any, seed: int) -> Mapping[str, Array]:

@@ -3,7 +3,7 @@
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from hypothesis.strategies import SearchStrategy
 
 from refspan.clauses import CLAUSES
 from refspan.conformance.cases import AttentionCase, Memories
-from refspan.conformance.guard import Misbehaviour, Shapes
+from refspan.conformance.guard import Misbehaviour, NotOffered, Shapes
 from refspan.conformance.programs import Program
 from refspan.conformance.protocol import Array
 from refspan.conformance.sessions import Session
@@ -38,6 +38,24 @@ class Check:
     body: Callable[["Probe", Any], None]
     cost: int = 1
     """How many times as long as usual one case takes; the check gets as many times fewer examples."""
+    of_positions: bool = False
+    """It is about positions, and about nothing without them."""
+
+    def ask(self, probe: "Probe", case: Any) -> None:
+        """Put a case to the backend; a step with positions, if the backend declines these, without.
+
+        Raises:
+            Misbehaviour: what the backend did wrong.
+            NotOffered: it declines this too.
+        """
+        plain = case if self.of_positions or not isinstance(case, AttentionCase) else replace(case, position=None)
+        try:
+            self.body(probe, plain if probe.declines_positions else case)
+        except NotOffered:
+            if plain is case or case.position is None or probe.declines_positions:
+                raise
+            self.body(probe, plain)
+            probe.declines_positions = True
 
     @property
     def level(self) -> str:
@@ -56,6 +74,7 @@ def check(
     needs: Sequence[str],
     cases: Callable[[np.dtype], SearchStrategy[Any] | Sequence[Any]],
     cost: int = 1,
+    of_positions: bool = False,
 ) -> Callable[[Callable[["Probe", Any], None]], Callable[["Probe", Any], None]]:
     """Register the decorated function as the body of a check; its docstring says what it checks."""
 
@@ -63,7 +82,7 @@ def check(
         unknown = [clause for clause in clauses if clause not in CLAUSES]
         if unknown or id in CHECKS or id.partition(".")[0] not in LEVELS or not body.__doc__:
             raise ValueError(f"check {id!r} is registered twice, has no docstring or cites unknown clauses {unknown}")
-        CHECKS[id] = Check(id, tuple(clauses), body.__doc__.strip(), tuple(needs), cases, body, cost)
+        CHECKS[id] = Check(id, tuple(clauses), body.__doc__.strip(), tuple(needs), cases, body, cost, of_positions)
         return body
 
     return register
@@ -76,6 +95,8 @@ class Probe:
         self._session = session
         self.worst = 0.0
         """Largest error so far, as a fraction of its bound."""
+        self.declines_positions = False
+        """Found out by `Check.ask`."""
         self.backend_seconds = 0.0
         """Spent waiting for the backend."""
         self.asked: tuple[Any, ...] = ()
@@ -83,27 +104,20 @@ class Probe:
         self.compared: dict[str, Expected] = {}
         """What the answers to it were compared with so far, by the names that checks give them."""
 
-    def soft_mask(self, *asked: Memories) -> list[Array]:
-        """Masks [B, M, N] of these memories, asked one after the other."""
+    def soft_mask(self, *asked: Memories, at_once: bool = False) -> list[Array]:
+        """Masks [B, M, N] of these memories, asked one after the other, or at once on threads."""
         self.asked, self.compared = asked, {}
         shapes = [Shapes({"": ((len(m.span), m.queries, m.span.shape[1]), str(m.span.dtype))}) for m in asked]
-        return self._ask(self._session.call, "soft_mask", [m.arguments() for m in asked], shapes)
+        return self._ask(self._how(at_once), "soft_mask", [m.arguments() for m in asked], shapes)
 
-    def attention(self, *asked: AttentionCase) -> list[Array]:
-        """Outputs [B, H, M, D] of these attention steps, asked one after the other."""
+    def attention(self, *asked: AttentionCase, at_once: bool = False) -> list[Array]:
+        """Outputs [B, H, M, D] of these attention steps, asked one after the other, or at once on threads."""
         self.asked, self.compared = asked, {}
         shapes = [Shapes({"": (case.query.shape, str(case.query.dtype))}) for case in asked]
-        return self._ask(self._session.call, "span_attention", [case.arguments() for case in asked], shapes)
+        return self._ask(self._how(at_once), "span_attention", [case.arguments() for case in asked], shapes)
 
-    def attention_at_once(self, *asked: AttentionCase) -> list[Array]:
-        """Outputs [B, H, M, D] of these attention steps, asked all at once, each on a thread of its own."""
-        self.asked, self.compared = asked, {}
-        shapes = [Shapes({"": (case.query.shape, str(case.query.dtype))}) for case in asked]
-        calls = [case.arguments() for case in asked]
-        return self._ask(self._session.call_at_once, "span_attention", calls, shapes)
-
-    def gradients(self, *asked: AttentionCase) -> list[Mapping[str, Array]]:
-        """Gradients of these attention steps by name, asked one after the other."""
+    def gradients(self, *asked: AttentionCase, at_once: bool = False) -> list[Mapping[str, Array]]:
+        """Gradients of these attention steps by name, asked one after the other, or at once on threads."""
         self.asked, self.compared = asked, {}
         names = ("query", "key", "value", "position")
         shapes = []
@@ -111,12 +125,15 @@ class Probe:
             like = {name: getattr(case, name) for name in names} | {"span": case.memories.span}
             shapes.append(Shapes({n: (x.shape, str(x.dtype)) for n, x in like.items() if x is not None}))
         calls = [{"grad_out": case.grad_out, **case.arguments()} for case in asked]
-        return self._ask(self._session.call, "span_attention_backward", calls, shapes)
+        return self._ask(self._how(at_once), "span_attention_backward", calls, shapes)
 
     def programs(self, *asked: Program) -> list[list[Any]]:
         """Answers to these programs, one per operation, asked one after the other."""
         self.asked, self.compared = asked, {}
         return [self._ask(self._session.run_program, program) for program in asked]
+
+    def _how(self, at_once: bool) -> Callable[..., list[Any]]:
+        return self._session.call_at_once if at_once else self._session.call
 
     def _ask(self, ask: Callable[..., list[Any]], *question: Any) -> list[Any]:
         start = time.perf_counter()

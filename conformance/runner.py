@@ -157,7 +157,7 @@ def _run_one(
         asked += 1
         try:
             with np.errstate(all="ignore"):  # answers may be infinite, or anything
-                check.body(probe, case)
+                check.ask(probe, case)
         except NotOffered as error:
             if shrunk is not None:
                 return  # a smaller case than the one that showed what is wrong, and of no use

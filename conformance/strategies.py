@@ -39,9 +39,13 @@ SIZES = sorted(
 )
 """(B, H, M, N, D), smallest first."""
 
-TILE_SIZES: list[Sizes] = [(2, 9, 33, 129, 20), (1, 10, 17, 65, 40), (5, 1, 20, 257, 33), (4, 9, 65, 34, 12)]
+TILE_SIZES: list[Sizes] = [
+    (2, 9, 33, 129, 20), (1, 10, 17, 65, 40), (5, 1, 20, 257, 33), (4, 9, 65, 34, 12),
+    (2, 1, 130, 128, 16), (1, 2, 1, 256, 32), (3, 33, 2, 40, 4), (1, 1, 1, 2304, 8),
+]  # fmt: skip
 """One more than the tiles that kernels are cut into, along one axis and another; heads that end within a vector of 8
-numbers, or of 4."""
+numbers, or of 4. And whole tiles: of memories, of heads of 16 and 32 numbers; a single query with many memories, as in
+decoding; more heads than 32, more of rows times heads than 64, more memories than 2048."""
 
 LARGE_SIZES: list[Sizes] = [(1, 1, 128, 320, 128), (6, 2, 96, 96, 64), (1, 16, 3, 1026, 20)]
 """As models have them: whole blocks, heads of 64 and 128 numbers, more rows and heads than tests usually have, and more
@@ -105,12 +109,22 @@ def memories(
         if slots <= MOST_DRAWN:
             row = draw(st.lists(st.sampled_from(fates), min_size=slots, max_size=slots))
         else:
-            row = list(rng.choice(fates, slots))
+            row = _crowd(rng, fates, slots)
         for i, fate in enumerate(row):
             span[b, i] = _span(rng, fate, int(age[b, i]), queries, ramp, span_dtype)
         said = ", ".join(row[:MOST_DRAWN]) or "no memory"
         notes.append(f"row {b}: {layout} ages, {said}{', ..' * (slots > MOST_DRAWN)}")
     return Memories(span, age, ramp, queries, tuple(notes))
+
+
+def _crowd(rng: np.random.Generator, fates: tuple[str, ...], slots: int) -> list[str]:
+    """Fates of many memories; mostly all of a long stretch are expired, as whole tiles are in a stream that forgets."""
+    row = rng.choice(fates, slots)
+    if "expired" in fates and rng.integers(4):
+        length = int(rng.integers(slots // 4, slots))
+        start = int(rng.choice([0, (slots - length) // 2, slots - length]))
+        row[start : start + length] = "expired"
+    return [str(fate) for fate in row]
 
 
 def _ages(rng: np.random.Generator, layout: str, queries: int, slots: int, widest: int) -> Array:
@@ -162,19 +176,20 @@ def attention_cases(
     dtype: np.dtype,
     *,
     position: bool | None = None,
+    reach: tuple[int, ...] | None = None,
     contents: tuple[str, ...] = CONTENTS,
     sizes: list[Sizes] | None = None,
     **about_memories: Any,
 ) -> AttentionCase:
-    """A whole attention step; `position` None means sometimes."""
+    """A whole attention step; `position` None means sometimes, `reach` how far, to distance P, None: it depends."""
     batch, heads, queries, slots, head_size = draw(st.sampled_from(sizes or SIZES))
     held = draw(memories(dtype, batch=batch, queries=queries, slots=slots, **about_memories))
     style = draw(st.sampled_from(contents))
     with_position = draw(st.booleans()) if position is None else position
     rng = np.random.default_rng(draw(st.integers(0, 2**16)))
-    reach = (1, 2, 5, 10) if slots <= MOST_DRAWN else (70, 130) if slots <= 256 else (300,)
+    reach = reach or ((1, 2, 5, 10) if slots <= MOST_DRAWN else (70, 130) if slots <= 256 else (300,))
     alike = (batch, heads, queries, slots, head_size) in ALIKE
-    positions = int(rng.choice([p for p in reach if p not in (queries, slots, head_size) or p == 1 or alike]))
+    positions = int(rng.choice([p for p in reach if p not in (queries, slots, head_size) or p < 2 or alike]))
 
     def fill(*shape: int) -> Array:
         if style == "small integers":

@@ -59,8 +59,12 @@ def blocks(
     rows: tuple[int, ...] = (2, 1, 3),
     spans: tuple[str, ...] = SPANS,
     shapes: Sequence[tuple[int, ...]] = SIZES,
+    twice: bool = False,
 ) -> TrainingCase:
-    """Up to four blocks, or `most`, of one model, of any length, some of them with shortened spans."""
+    """Up to four blocks, or `most`, of one model, of any length, some of them with shortened spans.
+
+    `twice`: each block is run again from the memory that it began with.
+    """
     config, params, words = draw(models(dtype, spans=spans, shapes=shapes))
     # Spans that are all but 0 or L must not meet a kink at a whole distance: there float32 has no way to be right.
     config = replace(config, max_span=config.max_span - 0.3, ramp=config.ramp + 0.15)
@@ -73,7 +77,8 @@ def blocks(
         tokens, targets = rng.integers(0, config.vocab_size, (2, batch, length))
         shortest = draw(st.sampled_from((0.0, 0.2)))  # a limit of 0 is one
         limit = float(rng.uniform(0, config.max_span)) * (shortest > 0) if draw(st.sampled_from(limited)) else None
-        program.append(Learn("a", config, params, tokens, targets, weight, limit))
+        one = Learn("a", config, params, tokens, targets, weight, limit)
+        program += [one, replace(one, again=True)] if twice else [one]
     return TrainingCase(tuple(program), (words,))
 
 
@@ -133,10 +138,11 @@ def _expected(case: TrainingCase, run_block: Callable[..., tuple[_Block, Any]]) 
 
 def _run(case: TrainingCase, params: dict[str, Array], run_block: Callable[..., tuple[_Block, Any]]) -> list[_Block]:
     """What each block comes to."""
-    memory, results = None, []
+    begun, memory, results = None, None, []
     for one in case.program:
         options = {"span_loss_weight": one.span_loss_weight, "span_limit": one.span_limit}
-        block, memory = run_block(one, params, memory, **options)
+        begun = begun if one.again else memory
+        block, memory = run_block(one, params, begun, **options)
         results.append(block)
     return results
 

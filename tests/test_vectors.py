@@ -131,6 +131,19 @@ def test_they_reject_the_mutants_that_they_say():
         assert rejected
 
 
+def test_each_alone_rejects_what_it_says():
+    """A mutant that kept what it was asked before would be rejected in company only."""
+    vectors = frozen_vectors()
+    untrue = []
+    for vector, of_vector in zip(vectors, checks_of(vectors), strict=True):
+        for name in vector.kills:
+            session = InProcess(MUTANTS[name].make(), timeout=20)
+            (result,) = run(session, [of_vector], Report(session.facts))
+            session.close()
+            untrue += [(vector.id, name)] if result.status != "failed" else []
+    assert untrue == []
+
+
 def test_they_are_backend_tests_of_onnx(whole):
     """`onnx.reference` passes them as ONNX's own runner would ask, within our bounds."""
     from onnx.reference import ReferenceEvaluator

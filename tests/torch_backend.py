@@ -49,7 +49,7 @@ class TorchBackend:
         scores = q @ k.mT
         if position is not None:
             row = age[:, None, :] + torch.arange(queries)[:, None] - 1  # [B, M, N]
-            table = torch.cat([position.to(dtype), torch.zeros_like(position[:1], dtype=dtype)])
+            table = torch.cat([position.to(dtype), position.new_zeros((1, position.shape[1]), dtype=dtype)])
             near = (row >= 0) & (row < len(position))
             scores = scores + torch.einsum("bhmd,bmnd->bhmn", q, table[torch.where(near, row, len(position))])
         mask = self._mask(span, age, queries, ramp).to(dtype)[:, None]

@@ -1,5 +1,5 @@
-"""The checks, a module per level. Importing this package registers them all."""
+"""The checks, a module per level, and one of what concerns three. Importing this package registers them all."""
 
-from refspan.conformance.checks import attention, golden, gradient, mask, memory, model, training
+from refspan.conformance.checks import attention, golden, gradient, mask, memory, model, repetition, training
 
-__all__ = ["attention", "golden", "gradient", "mask", "memory", "model", "training"]
+__all__ = ["attention", "golden", "gradient", "mask", "memory", "model", "repetition", "training"]

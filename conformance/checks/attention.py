@@ -30,6 +30,7 @@ def some(**about: Any) -> Cases:
 
 SEVERAL_MEMORIES = [s for s in SIZES if s[3] > 1]
 SEVERAL_ROWS = [s for s in SIZES if s[0] > 1 and s[3] > 0]
+PLAIN: dict[str, Any] = {"sizes": SEVERAL_MEMORIES, "ages": ("past", "stream"), "contents": ("normal",)}
 NEEDS = ["span_attention"]
 
 
@@ -40,9 +41,18 @@ def output(probe: Probe, case: AttentionCase) -> None:
     probe.compare("output", got, attention_bounds(case).expected_output())
 
 
-@check("attention.position", clauses=["LOGIT"], needs=NEEDS, cases=some(position=True, contents=("normal",)))
+@check("attention.position", clauses=["LOGIT"], needs=NEEDS, of_positions=True,
+       cases=some(position=True, contents=("normal",)))  # fmt: skip
 def position(probe: Probe, case: AttentionCase) -> None:
     """Position scores go by distance, 1 to P, wherever a memory stands; farther memories get none."""
+    (got,) = probe.attention(case)
+    probe.compare("output", got, attention_bounds(case).expected_output())
+
+
+@check("attention.no_positions", clauses=["LOGIT"], needs=NEEDS, of_positions=True,
+       cases=some(position=True, reach=(0,), **PLAIN))  # fmt: skip
+def no_positions(probe: Probe, case: AttentionCase) -> None:
+    """A position table without rows, P = 0, adds nothing."""
     (got,) = probe.attention(case)
     probe.compare("output", got, attention_bounds(case).expected_output())
 
@@ -268,10 +278,10 @@ def wide(probe: Probe, case: AttentionCase) -> None:
     clauses=["OUTPUT", "LOGIT"],
     needs=NEEDS,
     cases=of_each_size(TILE_SIZES, contents=("normal",)),
-    cost=10,
+    cost=5,
 )
 def tiles(probe: Probe, case: AttentionCase) -> None:
-    """Sizes just beyond those of a kernel's tiles: several of them, and a last one that is not full."""
+    """Sizes of a kernel's tiles and just beyond: several of them, whole ones where all is expired, and half ones."""
     (got,) = probe.attention(case)
     probe.compare("output", got, attention_bounds(case).expected_output())
 
@@ -287,25 +297,3 @@ def large(probe: Probe, case: AttentionCase) -> None:
     """Sizes that models have: hundreds of queries and memories, heads of 64 and 128 numbers, six rows."""
     (got,) = probe.attention(case)
     probe.compare("output", got, attention_bounds(case).expected_output())
-
-
-@check("attention.repeated", clauses=["OUTPUT"], needs=NEEDS, cases=some())
-def repeated(probe: Probe, case: AttentionCase) -> None:
-    """The same question gets the same answer whatever was asked in between, in the same memory or another shape."""
-    other = replace(case, query=case.query[..., ::-1], value=-case.value)
-    forgot = case.with_memories(span=np.zeros_like(case.memories.span), ramp=case.memories.ramp + 1)
-    shorter = case.select(slots=slice(1, None))
-    questions = [case, other, forgot, shorter, case]
-    for i, output in enumerate(probe.attention(*questions)):
-        probe.compare("output", output, attention_bounds(questions[i]).expected_output(), place=i)
-
-
-@check("attention.threads", clauses=["OUTPUT"], needs=NEEDS, cases=some(), cost=2)
-def threads(probe: Probe, case: AttentionCase) -> None:
-    """Questions asked by several threads at once do not mix (`thread_safe = False` says: not offered)."""
-    other = replace(case, query=case.query[..., ::-1], value=-case.value)
-    forgot = case.with_memories(span=np.zeros_like(case.memories.span), ramp=case.memories.ramp + 1)
-    shorter = case.select(slots=slice(1, None))
-    questions = [case, other, forgot, shorter]
-    for i, output in enumerate(probe.attention_at_once(*questions)):
-        probe.compare("output", output, attention_bounds(questions[i]).expected_output(), place=i)

@@ -94,14 +94,3 @@ def large(probe: Probe, asked: Memories) -> None:
     """Hundreds of queries and memories: several of a kernel's tiles, and a last one that is not full."""
     (mask,) = probe.soft_mask(asked)
     probe.compare("mask", mask, expected_mask(asked))
-
-
-@check("mask.repeated", clauses=["MASK"], needs=["soft_mask"], cases=some())
-def repeated(probe: Probe, asked: Memories) -> None:
-    """The same question gets the same answer whatever was asked in between, in the same memory or another shape."""
-    other = replace(asked, span=asked.span[::-1] + 1, age=asked.age + 2)
-    shorter = replace(asked, span=asked.span[:, 1:], age=asked.age[:, 1:])
-    ramped = replace(asked, ramp=asked.ramp + 1)
-    questions = [asked, other, shorter, ramped, asked]
-    for i, mask in enumerate(probe.soft_mask(*questions)):
-        probe.compare("mask", mask, expected_mask(questions[i]), place=i)

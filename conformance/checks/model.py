@@ -24,6 +24,12 @@ def pre_norm(probe: Probe, case: ModelCase) -> None:
     follow(probe, case)
 
 
+@check("model.no_positions", clauses=["LOGIT", "MODEL"], needs=NEEDS, cost=COST, cases=some(reach=(0,)))
+def no_positions(probe: Probe, case: ModelCase) -> None:
+    """A position table without rows, P = 0: attention by content alone."""
+    follow(probe, case)
+
+
 @check("model.spans", clauses=["SPAN"], needs=NEEDS, cost=COST, cases=some(spans=("spread",), least_tokens=12))
 def spans(probe: Probe, case: ModelCase) -> None:
     """Spans come from hidden states: one per memory and layer, the temperature dividing these but not the bias."""

@@ -86,10 +86,21 @@ def gradients(probe: Probe, case: TrainingCase) -> None:
             probe.compare(f"gradient of {name} in block {i}", answer[2][name], expected)
 
 
+@check("training.again", clauses=["GRAD", "DROP"], needs=NEEDS, cost=2 * COST,
+       cases=lambda dtype: blocks(dtype, least=2, most=3, twice=True))  # fmt: skip
+def again(probe: Probe, case: TrainingCase) -> None:
+    """A block that is run again from the memory that it began with gives the same; the next goes on from the second."""
+    _follow(probe, case)
+
+
 @check("training.large", clauses=["GRAD", "LOSS", "MODEL"], needs=NEEDS, cost=5 * COST,
        cases=lambda dtype: blocks(dtype, shapes=LARGE, rows=(4,), least=5, most=6))  # fmt: skip
 def large(probe: Probe, case: TrainingCase) -> None:
     """Five blocks and more, of 24 tokens, in four rows of a wider model: losses and all gradients."""
+    _follow(probe, case)
+
+
+def _follow(probe: Probe, case: TrainingCase) -> None:
     (answers,) = probe.programs(case.program)
     for i, (answer, taught) in enumerate(zip(answers, expected_training(case), strict=True)):
         probe.compare(f"task loss of block {i}", np.asarray(answer[0]), taught.task)

@@ -163,3 +163,25 @@ class KeepsItsArgumentsInItself(Dense):
         self.kept = arrays
         time.sleep(1e-3)
         return super().span_attention(*self.kept, ramp=ramp, position=position)
+
+
+@mutant("mask.threads")
+class KeepsTheSpansInItself(Dense):
+    """Likewise, of masks alone."""
+
+    def soft_mask(self, span: Array, age: Array, *, queries: int, ramp: float) -> Array:
+        self.kept = span, age, queries, ramp
+        time.sleep(1e-3)
+        return self.mask(*self.kept)
+
+
+@mutant("gradient.threads")
+class KeepsTheForwardPassInItself(Dense):
+    """Likewise, of gradients alone: what forward has left for backward."""
+
+    def span_attention_backward(
+        self, grad_out: Array, *arrays: Any, ramp: float, position: Array | None = None
+    ) -> dict[str, Array]:
+        self.kept = arrays
+        time.sleep(1e-3)
+        return super().span_attention_backward(grad_out, *self.kept, ramp=ramp, position=position)

@@ -31,7 +31,7 @@ class Dense:
     def table(self, position: Array, age: Array, queries: int) -> Array:
         """Position embedding of each memory for each query, 0 out of reach.   -> [B, M, N, D]."""
         row = self.distance(age, queries) - 1
-        padded = np.concatenate([position, np.zeros_like(position[:1])])
+        padded = np.concatenate([position, np.zeros((1, position.shape[1]), position.dtype)])
         return padded[np.where((row >= 0) & (row < len(position)), row, len(position))]
 
     def logits(self, query: Array, key: Array, position: Array | None, age: Array) -> Array:

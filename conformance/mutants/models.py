@@ -170,6 +170,15 @@ class PositionsFromZero(Plain):
         return super().position_scores(q, table, age + 1)
 
 
+@mutant("model.no_positions")
+class LastRowForWhatIsFar(Plain):
+    """Scores of all distances are taken from the table, the last row's where it ends, and then zeroed there."""
+
+    def position_scores(self, q: Array, table: Array, age: Array) -> Array:
+        near = (age >= 1) & (age <= len(table))
+        return np.where(near, q @ table[np.clip(age - 1, 0, len(table) - 1)].T, 0).astype(q.dtype)
+
+
 class _ForgetsOther(PlainStream):
     seen: ClassVar[list[PlainStream]] = []
 

@@ -7,7 +7,7 @@ import numpy as np
 from refspan.config import ModelConfig
 from refspan.conformance.backends.reference import NumpyBackend
 from refspan.conformance.mutants.dense import Array, Dense
-from refspan.conformance.mutants.plain import Layer, Memory, Plain, PlainStream
+from refspan.conformance.mutants.plain import Layer, Memory, Parameters, Plain, PlainStream
 from refspan.conformance.mutants.registry import mutant
 
 
@@ -67,6 +67,90 @@ class OneThreadPerMemory(Dense):
     def logits(self, query: Array, key: Array, position: Array | None, age: Array) -> Array:
         s = super().logits(query, key, position, age)
         s[..., 1024:] = -np.inf
+        return s
+
+
+@mutant("attention.tiles", "gradient.tiles")
+class AFirstTileWithoutMemories(Dense):
+    """An online softmax over tiles of 64: where the first is all expired, -inf minus -inf is NaN, and becomes 0."""
+
+    def weights(self, s: Array, m: Array) -> tuple[Array, Array]:
+        a, share = super().weights(s, m)
+        alive = np.broadcast_to(m > 0, s.shape)[..., :64].any(axis=-1, keepdims=True) | (s.shape[-1] <= 64)
+        return np.where(alive, a, 0).astype(a.dtype), np.where(alive, share, 0).astype(a.dtype)
+
+
+@mutant("attention.tiles", "gradient.tiles")
+class StopsAtATileWithoutMemories(Dense):
+    """From the newest tile of 32 backwards; the first that is all expired ends it, as if none before could be alive."""
+
+    def mask(self, span: Array, age: Array, queries: int, ramp: float) -> Array:
+        m = super().mask(span, age, queries, ramp)
+        for row in m:
+            seen = [bool(row[:, n : n + 32].any()) for n in range(0, row.shape[1], 32)]
+            first = max((i for i, alive in enumerate(seen[:-1]) if not alive), default=-1)
+            row[:, : 32 * (first + 1)] = 0
+        return m
+
+
+@mutant("attention.tiles", "gradient.tiles")
+class LastTileOfWholeOnes(Dense):
+    """Where 128 divides the memories, the mask for what is beyond the last tile covers it all."""
+
+    def mask(self, span: Array, age: Array, queries: int, ramp: float) -> Array:
+        m = super().mask(span, age, queries, ramp)
+        whole = m.shape[2] > 0 and m.shape[2] % 128 == 0
+        m[:, :, m.shape[2] - 128 * whole :] = 0
+        return m
+
+
+@mutant("attention.tiles", "gradient.tiles")
+class AgesRestartEvery128Queries(Dense):
+    """The place of a query in its block is that in its tile of 128."""
+
+    def distance(self, age: Array, queries: int) -> Array:
+        return age[:, None, :] + np.arange(queries)[:, None] % 128
+
+
+@mutant("attention.tiles", "gradient.tiles")
+class SplitsOfDecodingNotRescaled(Dense):
+    """A single query is split over parts of 64 memories, each with its own largest logit; nobody evens that out."""
+
+    def exponentials(self, s: Array, m: Array) -> tuple[Array, Array]:
+        if s.shape[2] > 1 or s.shape[3] <= 64:
+            return super().exponentials(s, m)
+        parts = [Dense.exponentials(self, s[..., n : n + 64], m[..., n : n + 64])[0] for n in range(0, s.shape[3], 64)]
+        e = np.concatenate(parts, axis=-1)
+        z = np.sum(m * e, axis=-1, keepdims=True)
+        return e, np.where(z > 0, z, 1)
+
+
+@mutant("attention.tiles", "gradient.tiles")
+class HeadsOf16ScaledAs64(Dense):
+    """A fast path for heads of 16 and 32 numbers divides by 8, the square root of 64."""
+
+    def logits(self, query: Array, key: Array, position: Array | None, age: Array) -> Array:
+        s = super().logits(query, key, position, age)
+        return s * np.sqrt(query.shape[-1] / 64).astype(s.dtype) if query.shape[-1] in (16, 32) else s
+
+
+@mutant("attention.tiles", "gradient.tiles")
+class AWarpOfHeads(Dense):
+    """Heads beyond 32 have the logits of the first."""
+
+    def logits(self, query: Array, key: Array, position: Array | None, age: Array) -> Array:
+        s = super().logits(query, key, position, age)
+        s[:, 32:] = s[:, :1]
+        return s
+
+
+@mutant("attention.tiles", "gradient.tiles")
+class MemoriesUpTo2048(Dense):
+    """Memories beyond 2048 are not seen: what fits into the memory that a block of threads shares."""
+
+    def logits(self, query: Array, key: Array, position: Array | None, age: Array) -> Array:
+        s = super().logits(query, key, position, age)
+        s[..., 2048:] = -np.inf
         return s
 
 
@@ -154,6 +238,14 @@ class WideModelsInTiles(Plain):
 
     def feedforward(self, p: Layer, y: Array) -> Array:
         return super().feedforward(p, np.where(np.arange(len(y)) < 32, y, 0).astype(y.dtype))
+
+
+@mutant("memory.large")
+class TokensInBytes(Plain):
+    """Token ids are kept in 8 bits."""
+
+    def embed(self, config: ModelConfig, params: Parameters, token: int) -> Array:
+        return super().embed(config, params, token % 256)
 
 
 @mutant("training.large")

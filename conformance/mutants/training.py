@@ -119,6 +119,20 @@ class ShorteningDeletesMemories(Patched):
         return lambda xp, span, age, ramp: original(xp, np.minimum(span, limit), age, ramp)
 
 
+@mutant("training.again")
+class MemoryIsUsedUp(NumpyBackend):
+    """What comes back as memory is filled in place, block by block: there is only the last one."""
+
+    def loss_and_gradients(self, config: Array, params: Array, tokens: Array, targets: Array, memory: Array,
+                           **options: Any) -> Array:  # fmt: skip
+        kept = [] if memory is None else memory
+        losses, grads, left = super().loss_and_gradients(
+            config, params, tokens, targets, kept[0] if kept else None, **options
+        )
+        kept[:] = [left]
+        return losses, grads, kept
+
+
 @mutant("training.shortening")
 class NeverShortens(NumpyBackend):
     """The limit is ignored."""

@@ -267,3 +267,13 @@ class PositionsIn16Bits(Dense):
 
     def table(self, position: Array, age: Array, queries: int) -> Array:
         return super().table(position, age % 2**16, queries)
+
+
+@mutant("attention.no_positions", "gradient.no_positions")
+class PaddedLikeTheFirstRow(Dense):
+    """The zeros for what is out of reach are made like the first row, which a table without rows has not."""
+
+    def table(self, position: Array, age: Array, queries: int) -> Array:
+        row = self.distance(age, queries) - 1
+        padded = np.concatenate([position, np.zeros_like(position[:1])])
+        return padded[np.where((row >= 0) & (row < len(position)), row, len(position))]

@@ -6,7 +6,7 @@
     {"operation": "state", "stream": "a", "state": "s"}       and "restore" likewise
     {"operation": "memory_size", "stream": "a"}
     {"operation": "loss_and_gradients", "stream": "a", "config": {..}, "params": 0, "span_loss_weight": 0.0,
-     "span_limit": null}
+     "span_limit": null, "again": false}
 
 Tensors of operation I: `I.tokens`, `I.targets`, `I.memory.LAYER.hidden`, `I.memory.LAYER.age`. Parameters are
 `P.params.NAME`, P being the number that `params` names: that of the first operation that has the same ones.
@@ -64,6 +64,7 @@ def to_json(program: Program) -> tuple[list[dict[str, Any]], dict[str, Array]]:
             tensors[f"{i}.tokens"] = operation.tokens
         elif isinstance(operation, Learn):
             entry |= {"span_loss_weight": operation.span_loss_weight, "span_limit": operation.span_limit}
+            entry["again"] = operation.again
             tensors |= {f"{i}.tokens": operation.tokens, f"{i}.targets": operation.targets}
         elif isinstance(operation, Reset):
             entry["row"] = operation.row
@@ -183,11 +184,13 @@ class _Reader:
         if self._taught.setdefault(stream, same) != same:
             raise ValueError(f"stream {stream!r} had another batch, layers, hidden_size or dtype before")
         self._work.learn(stream, config, params, tokens)
-        weight, limit = entry["span_loss_weight"], entry["span_limit"]
+        weight, limit, again = entry["span_loss_weight"], entry["span_limit"], entry["again"]
+        if not isinstance(again, bool):
+            raise ValueError(f"`again` is {again!r}, expected true or false")
         for number in (weight, 0.0 if limit is None else limit):
             if not isinstance(number, float) or not isfinite(number) or number < 0:
                 raise ValueError(f"`span_loss_weight` or `span_limit` is {number!r}, expected a number >= 0")
-        return Learn(stream, config, params, tokens, targets, weight, limit)
+        return Learn(stream, config, params, tokens, targets, weight, limit, again)
 
     def _model(self, i: int, entry: dict[str, Any]) -> tuple[ModelConfig, dict[str, Array]]:
         place, settings = entry["params"], entry["config"]

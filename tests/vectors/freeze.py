@@ -69,20 +69,20 @@ def size_of(vector):
 
 
 def killed_by(vectors, areas):
-    """For each vector the mutants that it rejects."""
+    """For each vector the mutants that it rejects, whatever was asked before: each time a new one is asked."""
     killed = [set() for _ in vectors]
     for name, mutant in MUTANTS.items():
         if mutant.area not in areas:
             continue
-        session = InProcess(mutant.make(), timeout=20)
         for kills, check in zip(killed, checks_of(vectors), strict=True):
+            session = InProcess(mutant.make(), timeout=20)
             try:
                 check.body(Probe(session), check.cases(None)[0])
             except Misbehaviour:
                 kills.add(name)
             except NotOffered:
                 pass
-        session.close()
+            session.close()
     return killed
 
 
