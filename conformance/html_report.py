@@ -27,11 +27,19 @@ code, pre { font: .875rem/1.45 ui-monospace, monospace; } pre { background: var(
 .bar i { display: block; height: 100%; background: currentColor; }
 details { border: 1px solid var(--line); margin: .5rem 0; padding: .4rem .8rem; } summary { cursor: pointer; }
 summary:focus-visible, a:focus-visible { outline: 3px solid #4a90d9; outline-offset: 2px; } a { color: inherit; }
+nav a { margin-right: 1rem; } td .status { display: inline-block; margin-right: .8rem; }
 .pictures { display: flex; flex-wrap: wrap; gap: 1rem; } figure { margin: .5rem 0; } figcaption { color: var(--dim);
   font-size: .875rem; } svg { background: #fff; border: 1px solid var(--line); display: block; }
 """
 CELL, WIDEST = 14, 320
 """Pixels of a number in a picture, and of a whole picture."""
+TOLD = 400
+"""Numbers of a picture that can each be pointed at, and then say what they are."""
+OPEN = 3
+"""Counterexamples that are open at first."""
+MARKS = {"passed": "\u2713", "failed": "\u2717 failed:", "known failure": "\u2717 known failure:",
+         "not offered": "\u2013 not offered:"}  # fmt: skip
+"""Statuses in the table of clauses, for those who do not see colours."""
 
 
 def html_report(report: Report) -> bytes:
@@ -58,13 +66,15 @@ def _page(report: Report) -> Iterator[str]:
         yield from (f'<li class="failed">{escape(complaint)}</li>' for complaint in report.complaints)
         yield "</ul>"
     failed = [result for result in report.results if result.failure is not None]
-    if failed:
-        yield "<h2>Counterexamples</h2>"
-        for result in failed:
-            yield from _failure(result)
+    parts = ["clauses", "checks", *(["counterexamples"] if failed else []), "environment"]
+    yield f"<nav>{' '.join(f'<a href=#{part}>{part.capitalize()}</a>' for part in parts)}</nav>"
     yield from _clauses(report)
     yield from _checks(report)
-    yield '<h2>Environment</h2><div class="scroll"><table>'
+    if failed:
+        yield '<h2 id="counterexamples">Counterexamples</h2>'
+        for i, result in enumerate(failed):
+            yield from _failure(result, is_open=i < OPEN)
+    yield '<h2 id="environment">Environment</h2><div class="scroll"><table>'
     for name, value in report.facts.items():
         yield f'<tr><th scope="row">{escape(name)}</th><td>{escape(value)}</td></tr>'
     yield "</table></div></main></body></html>\n"
@@ -80,12 +90,12 @@ def _verdict(report: Report) -> tuple[str, str]:
     return "Does not conform", "failed"
 
 
-def _failure(result: Result) -> Iterator[str]:
+def _failure(result: Result, *, is_open: bool) -> Iterator[str]:
     failure = result.failure
     assert failure is not None  # noqa: S101
     kind, id_ = result.status.replace(" ", "-"), escape(result.check)
-    yield f'<details open id="{id_}"><summary><span class="status {kind}">{id_}</span>'
-    yield f" {escape(failure.message)}</summary><p>{escape(result.purpose)}</p>"
+    yield f'<details{" open" * is_open}><summary><span class="status {kind}">{id_}</span>'
+    yield f' {escape(failure.message)}</summary><p id="{id_}">{escape(result.purpose)}</p>'
     if result.known is not None:
         yield f"<p>Expected: {escape(result.known.reason)} (<a href='{_link(result.known.link)}'>why</a>)</p>"
     if failure.pictures:
@@ -105,30 +115,41 @@ def _picture(picture: Picture) -> str:
     if not columns:
         return ""
     cell = min(CELL, WIDEST / max(rows, columns))
-    cells = "".join(
-        f'<rect x="{x * cell:.4g}" y="{y * cell:.4g}" width="{cell:.4g}" height="{cell:.4g}" '
-        f'fill="rgb(20,80,160)" fill-opacity="{number:g}"><title>query {y}, memory {x}: {number:g}</title></rect>'
-        for y, line in enumerate(picture.rows)
-        for x, number in enumerate(line)
-        if number > 0
-    )
+    cells = "".join(_cells(picture))
     width, height = columns * cell, rows * cell
     title = escape(f"{picture.title}: {rows} queries down, {columns} memories across")
     return (
-        f'<figure><svg width="{width:.4g}" height="{height:.4g}" role="img" aria-label="{title}">{cells}</svg>'
+        f'<figure><svg width="{width:.4g}" height="{height:.4g}" viewBox="0 0 {columns} {rows}" '
+        f'fill="rgb(20,80,160)" role="img" aria-label="{title}">{cells}</svg>'
         f"<figcaption>{escape(picture.title)}</figcaption></figure>"
     )
 
 
+def _cells(picture: Picture) -> Iterator[str]:
+    """Each number by itself with its value; of large pictures all that look alike together."""
+    alike: dict[float, list[str]] = {}
+    many = sum(map(len, picture.rows)) > TOLD
+    for y, line in enumerate(picture.rows):
+        for x, number in enumerate(line):
+            square = f"M{x} {y}h1v1h-1z"
+            if number > 0 and many:
+                alike.setdefault(max(round(number, 2), 0.01), []).append(square)
+            elif number > 0:
+                told = f"query {y}, memory {x}: {number:g}"
+                yield f'<path d="{square}" fill-opacity="{number:g}"><title>{told}</title></path>'
+    for number, squares in alike.items():
+        yield f'<path d="{"".join(squares)}" fill-opacity="{number:g}"/>'
+
+
 def _clauses(report: Report) -> Iterator[str]:
-    yield '<h2>Clauses</h2><div class="scroll"><table><thead><tr><th scope="col">Clause</th>'
+    yield '<h2 id="clauses">Clauses</h2><div class="scroll"><table><thead><tr><th scope="col">Clause</th>'
     yield '<th scope="col">Checks</th></tr></thead><tbody>'
     for clause in CLAUSES:
         about = [result for result in report.results if clause in result.clauses]
         if about:
             said = " ".join(
                 f'<a class="status {result.status.replace(" ", "-")}" href="#check-{escape(result.check)}" '
-                f'title="{escape(result.status)}">{escape(result.check)}</a>'
+                f'title="{escape(result.status)}">{MARKS[result.status]} {escape(result.check)}</a>'
                 for result in about
             )
             yield f'<tr><th scope="row">{clause}</th><td>{said}</td></tr>'
@@ -136,9 +157,9 @@ def _clauses(report: Report) -> Iterator[str]:
 
 
 def _checks(report: Report) -> Iterator[str]:
-    yield '<h2>Checks</h2><div class="scroll"><table><thead><tr><th scope="col">Check</th><th scope="col">Status</th>'
-    yield '<th scope="col">Largest error, as a share of its bound</th><th scope="col" class="num">Examples</th>'
-    yield '<th scope="col" class="num">Seconds</th><th scope="col">What it checks</th></tr></thead><tbody>'
+    yield '<h2 id="checks">Checks</h2><div class="scroll"><table><thead><tr><th scope="col">Check</th>'
+    yield '<th scope="col">Status</th><th scope="col">Largest error, as a share of its bound</th>'
+    yield '<th scope="col" class="num">Examples</th><th scope="col" class="num">Seconds</th><th scope="col">What it checks</th></tr></thead><tbody>'
     for result in report.results:
         kind, id_ = result.status.replace(" ", "-"), escape(result.check)
         name = f'<a href="#{id_}">{id_}</a>' if result.failure else id_
