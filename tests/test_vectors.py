@@ -31,8 +31,12 @@ from refspan.conformance.vectors.replay import checks_of
 from refspan.conformance.vectors.vector import Vector
 from refspan.errors import SetupError
 
-LEFT = {"BiasAtMinusMaxSpan", "SpansStartAtRandom", "ProjectsAllMemoriesAgain", "CountsTheProjectionsOfOneRow"}
-"""Wrong in what no program of a vector asks: parameters to start from, and how often something is computed."""
+LEFT = {
+    *("BiasAtMinusMaxSpan", "SpansStartAtRandom", "ProjectsAllMemoriesAgain", "CountsTheProjectionsOfOneRow"),
+    "BuffersAreHandedOnUncleared",
+}
+"""Wrong in what no program of a vector asks: parameters to start from, how often something is computed; what a stream
+leaves behind shows in few programs, all of them larger than a vector should be."""
 EPSILON = "refspan.conformance.mutants.weights:Epsilon"
 
 

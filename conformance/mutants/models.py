@@ -1,7 +1,5 @@
 """Wrong spans and wrong layers."""
 
-from typing import ClassVar
-
 import numpy as np
 
 from refspan.config import ModelConfig
@@ -180,15 +178,13 @@ class LastRowForWhatIsFar(Plain):
 
 
 class _ForgetsOther(PlainStream):
-    seen: ClassVar[list[PlainStream]] = []
-
     def __init__(self, rules: "Plain", config: ModelConfig, params: Parameters, batch: int, memory: Initial) -> None:
         super().__init__(rules, config, params, batch, memory)
-        self.seen[:] = [*self.seen[-1:], self]
+        rules.shared["open"] = [*rules.shared.get("open", [])[-1:], self]
 
     def reset(self, row: int) -> None:
         super().reset(row)
-        for other in self.seen:
+        for other in self.rules.shared["open"]:
             other.rows[min(row, other.batch - 1)] = other.empty()
 
 

@@ -28,6 +28,10 @@ class Plain:
 
     name = "plain"
 
+    def __init__(self) -> None:
+        self.shared: dict[Any, Any] = {}
+        """By all streams; a right one has no use for it."""
+
     def open_model(
         self, config: ModelConfig, params: Parameters, *, batch: int, memory: Initial = None
     ) -> "PlainStream":

@@ -1,6 +1,6 @@
 """Wrong streams: resets, states, what several streams share."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -99,12 +99,10 @@ class RestoreKeepsWhatItReplaces(Plain):
 
 
 class _Pool(PlainStream):
-    pool: ClassVar[dict[Any, Any]] = {}
-
     def __init__(self, rules: "Plain", config: ModelConfig, params: Parameters, batch: int, memory: Initial) -> None:
         super().__init__(rules, config, params, batch, memory)
-        if memory is None and self.size in self.pool:
-            used = self.pool.pop(self.size)
+        if memory is None and self.size in rules.shared:
+            used = rules.shared.pop(self.size)
             self.rows = [[(hidden[-1:], age[-1:]) for hidden, age in row] for row in used]
 
     @property
@@ -113,7 +111,7 @@ class _Pool(PlainStream):
 
     def __del__(self) -> None:
         if hasattr(self, "rows"):
-            self.pool[self.size] = self.rows
+            self.rules.shared[self.size] = self.rows
 
 
 @mutant("memory.state_machine", stream=_Pool)
@@ -156,12 +154,10 @@ class RestoreGoesByTheClock(Plain):
 
 
 class _OneForAll(PlainStream):
-    kept: ClassVar[dict[Any, Any]] = {}
-
     def __init__(self, rules: "Plain", config: ModelConfig, params: Parameters, batch: int, memory: Initial) -> None:
         super().__init__(rules, config, params, batch, memory)
         shape = (batch, config.hidden_size, config.layers)
-        self.rows = self.kept.setdefault(shape, self.rows) if memory is None else self.rows
+        self.rows = rules.shared.setdefault(shape, self.rows) if memory is None else self.rows
 
 
 @mutant("memory.start", "memory.stream", stream=_OneForAll)
@@ -170,13 +166,11 @@ class StreamsShareMemory(Plain):
 
 
 class _LastRow(PlainStream):
-    current: ClassVar[Any] = None
-
     def step(self, tokens: Array) -> Array:
-        other = _LastRow.current
+        other = self.rules.shared.get("at work")
         if other is not None and other is not self and other.config != self.config:
             self.rows[0] = self.empty()
-        _LastRow.current = self
+        self.rules.shared["at work"] = self
         return super().step(tokens)
 
 
@@ -197,11 +191,9 @@ class ProjectsAllMemoriesAgain(Plain):
 
 
 class _OneBuffer(PlainStream):
-    buffers: ClassVar[dict[Any, Any]] = {}
-
     def step(self, tokens: Array) -> Array:
         log_probs = super().step(tokens)
-        buffer: Array = self.buffers.setdefault((log_probs.shape, str(log_probs.dtype)), log_probs)
+        buffer: Array = self.rules.shared.setdefault((log_probs.shape, str(log_probs.dtype)), log_probs)
         buffer[...] = log_probs
         return buffer
 
