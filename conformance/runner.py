@@ -3,7 +3,7 @@
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -13,20 +13,14 @@ from hypothesis.errors import Flaky
 from threadpoolctl import ThreadpoolController
 
 import refspan
-from refspan.conformance.cases import AttentionCase, Memories
 from refspan.conformance.drawing import ask_all
+from refspan.conformance.failures import Found, failure_of
 from refspan.conformance.guard import Hung, Misbehaviour, NotOffered
-from refspan.conformance.model_cases import ModelCase
-from refspan.conformance.pictures import pictures_of
 from refspan.conformance.protocol import EXAMPLES
 from refspan.conformance.registry import CHECKS, LEVELS, Check, Probe
 from refspan.conformance.report import Failure, Known, Report, Result, Status
 from refspan.conformance.sessions import Session
-from refspan.conformance.tolerance import Expected
-from refspan.conformance.vectors.program_vector import program_vector_of
 from refspan.conformance.vectors.reading import AnyVector
-from refspan.conformance.vectors.replay import checks_of
-from refspan.conformance.vectors.vector import OF_LEVEL, vector_of
 from refspan.errors import SetupError
 
 DTYPES = ("float16", "float32", "float64")
@@ -110,25 +104,48 @@ def run(
     report.complete = True
 
 
-@dataclass(frozen=True)
-class _Found:
-    """A failure, and what showed it."""
+class _Attempt:
+    """A check as it is put to the backend, case by case, and what came of it."""
 
-    case: Any
-    error: Misbehaviour
-    questions: tuple[Any, ...]
-    """All that were asked, one after the other."""
-    compared: Mapping[str, Expected]
-    """What the answer was compared with, if there was one question."""
+    def __init__(self, session: Session, check: Check, tick: Callable[[Check, int], None]) -> None:
+        self._check, self._tick = check, tick
+        self.probe = Probe(session)
+        self.asked = 0
+        self._shrunk: Found | None = None
+        self._lost: Found | None = None
+        """It hung or died: asked once, not shrunk."""
+        self._declined: NotOffered | None = None
+        """Before anything was wrong."""
 
     @property
-    def question(self) -> Any:
-        """The question that was answered wrongly, if that is known, or else the case."""
-        if len(self.questions) == 1:
-            return self.questions[0]
-        if isinstance(self.case, AttentionCase | Memories) and self.error.place is not None:
-            return self.questions[self.error.place]
-        return self.case
+    def found(self) -> Found | None:
+        """The smallest failure."""
+        return self._lost or self._shrunk
+
+    def ask(self, case: Any) -> None:
+        """One case more; raises what the backend did."""
+        if self._lost is not None:
+            raise self._lost.error
+        if self._declined is not None:
+            raise self._declined
+        self._tick(self._check, self.asked)
+        self.asked += 1
+        try:
+            with np.errstate(all="ignore"):  # answers may be infinite, or anything
+                self._check.ask(self.probe, case)
+        except NotOffered as error:
+            if self._shrunk is not None:
+                return  # a smaller case than the one that showed what is wrong, and of no use
+            self._declined = error
+            raise
+        except Misbehaviour as error:
+            compared = dict(self.probe.compared) if len(self.probe.asked) == 1 else {}
+            found = Found(self._check, case, error, self.probe.asked, compared)
+            if isinstance(error, Hung):
+                self._lost = found
+            else:
+                self._shrunk = found
+            raise
 
 
 def _run_one(
@@ -141,107 +158,24 @@ def _run_one(
     tick: Callable[[Check, int], None],
     keep: Callable[[AnyVector], None],
 ) -> Result:
-    probe = Probe(session)
-    asked = 0
-    shrunk: _Found | None = None
-    lost: _Found | None = None  # hung or died: asked once, not shrunk
-    declined: NotOffered | None = None  # before anything was wrong
-
-    def ask(case: Any) -> None:
-        nonlocal asked, shrunk, lost, declined
-        if lost is not None:
-            raise lost.error
-        if declined is not None:
-            raise declined
-        tick(check, asked)
-        asked += 1
-        try:
-            with np.errstate(all="ignore"):  # answers may be infinite, or anything
-                check.ask(probe, case)
-        except NotOffered as error:
-            if shrunk is not None:
-                return  # a smaller case than the one that showed what is wrong, and of no use
-            declined = error
-            raise
-        except Misbehaviour as error:
-            compared = dict(probe.compared) if len(probe.asked) == 1 else {}
-            found = _Found(case, error, probe.asked, compared)
-            if isinstance(error, Hung):
-                lost = found
-            else:
-                shrunk = found
-            raise
-
+    about = check.id, check.level, check.clauses, check.purpose
+    attempt = _Attempt(session, check, tick)
     start = time.perf_counter()
-
-    def result(status: Status, failure: Failure | None = None) -> Result:
-        about = check.id, check.level, check.clauses, check.purpose
-        if status == "not offered":
-            return Result(*about, status, 0.0, 0, 0.0)
-        seconds = time.perf_counter() - start
-        return Result(*about, status, probe.worst, asked, seconds, probe.backend_seconds, failure)
-
     status: Status = "passed"
-    note = ""
+    note, failure = "", None
     try:
-        ask_all(check, dtype, seed, examples, ask)
+        ask_all(check, dtype, seed, examples, attempt.ask)
     except NotOffered:
-        return result("not offered")
+        return Result(*about, "not offered", 0.0, 0, 0.0)
     except Misbehaviour:
         status = "failed"
     except Flaky:
         status, note = "failed", "; asked the same again, the backend answered differently"
-
     if status == "failed":
-        found = lost or shrunk
-        if found is None:
-            return result(status, Failure(f"the check could not be finished{note}", (), replay))
-        question, vector = _alone(session, check, found, asked_again=found is not lost)
-        shown = question if isinstance(found.case, AttentionCase | Memories) else found.case
-        pictures = tuple(pictures_of(shown, found.error.row))
-        if isinstance(shown, AttentionCase | Memories):
-            described = shown.describe(found.error.row)
-        elif isinstance(shown, ModelCase):
-            described = shown.describe(found.error.place)
-        else:
-            described = shown.describe()
-        if vector is not None:
-            keep(vector)
-        elif len(found.questions) > 1:
-            described.append(
-                f"one of {len(found.questions)} questions, none of which can be saved as one that fails alone"
-            )
-        return result(status, Failure(f"{found.error}{note}", tuple(described), replay, pictures))
-    return result(status)
-
-
-def _alone(session: Session, check: Check, found: _Found, *, asked_again: bool) -> tuple[Any, AnyVector | None]:
-    """Which question to show, and as a vector if it can be one, and fails when nothing else is asked."""
-    if len(found.questions) == 1 or not asked_again:
-        return found.question, _frozen(check, found, found.question)
-    for question in (found.question, *found.questions):
-        vector = _frozen(check, found, question)
-        if vector is not None and _fails(session, vector):
-            return question, vector
-    return found.question, None
-
-
-def _frozen(check: Check, found: _Found, question: Any) -> AnyVector | None:
-    """A question as a vector; None if it cannot be one."""
-    about: dict[str, Any] = {"check": check.id, "clauses": check.clauses, "purpose": check.purpose.partition("\n")[0]}
-    if (operation := OF_LEVEL.get(check.level)) is not None:
-        return vector_of(question, operation, compared=found.compared, **about)
-    return program_vector_of(question, notes=getattr(found.case, "notes", ()), **about)
-
-
-def _fails(session: Session, vector: AnyVector) -> bool:
-    """Whether a question is answered wrongly when nothing else is asked."""
-    (check,) = checks_of([vector])
-    try:
-        with np.errstate(all="ignore"):
-            check.body(Probe(session), vector)
-    except Misbehaviour:
-        return True
-    except NotOffered:
-        pass
-    return False
+        failure = Failure(f"the check could not be finished{note}", (), replay)
+        if attempt.found is not None:
+            failure, vector = failure_of(session, attempt.found, note, replay)
+            if vector is not None:
+                keep(vector)
+    seconds = time.perf_counter() - start
+    return Result(*about, status, attempt.probe.worst, attempt.asked, seconds, attempt.probe.backend_seconds, failure)
