@@ -159,7 +159,8 @@ def _clauses(report: Report) -> Iterator[str]:
 def _checks(report: Report) -> Iterator[str]:
     yield '<h2 id="checks">Checks</h2><div class="scroll"><table><thead><tr><th scope="col">Check</th>'
     yield '<th scope="col">Status</th><th scope="col">Largest error, as a share of its bound</th>'
-    yield '<th scope="col" class="num">Examples</th><th scope="col" class="num">Seconds</th><th scope="col">What it checks</th></tr></thead><tbody>'
+    yield '<th scope="col" class="num">Examples</th><th scope="col" class="num">Seconds</th>'
+    yield '<th scope="col">What it checks</th></tr></thead><tbody>'
     for result in report.results:
         kind, id_ = result.status.replace(" ", "-"), escape(result.check)
         name = f'<a href="#{id_}">{id_}</a>' if result.failure else id_
