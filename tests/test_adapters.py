@@ -29,7 +29,7 @@ def in_torch():
         if position is not None:
             row = age[:, None, :] + torch.arange(q.shape[2])[:, None] - 1
             near = (row >= 0) & (row < len(position))
-            table = torch.cat([position.double(), torch.zeros_like(position[:1]).double()])
+            table = torch.cat([position.double(), position.new_zeros((1, position.shape[1])).double()])
             scores = scores + torch.einsum("bhmd,bmnd->bhmn", q, table[torch.where(near, row, len(position))])
         mask = soft_mask(span.double(), age, queries=q.shape[2], ramp=ramp)[:, None]
         scores = torch.where(mask > 0, scores / math.sqrt(q.shape[3]), -math.inf)
@@ -89,7 +89,7 @@ def test_jax():
         scores = jnp.einsum("bhmd,bhnd->bhmn", query, key)
         if position is not None:
             near = (row >= 0) & (row < len(position))
-            table = jnp.concatenate([position, jnp.zeros_like(position[:1])])
+            table = jnp.concatenate([position, jnp.zeros((1, position.shape[1]), position.dtype)])
             scores += jnp.einsum("bhmd,bmnd->bhmn", query, table[jnp.where(near, row, len(position))])
         scores = scores / math.sqrt(query.shape[3])
         mask = soft_mask(span, age, queries=query.shape[2], ramp=ramp)[:, None]

@@ -168,7 +168,7 @@ BROKEN = {
         "print(json.dumps({'seq': request(), 'tensors': ['mask']}), flush=True)\n"
         f"sys.stdout.buffer.write({npy('<f4', '(1000000000,)')})\n"
         "sys.stdout.buffer.flush(); time.sleep(60)",
-        "is beyond the limit of 268435456 bytes",
+        "is beyond the limit of 1048576 bytes",
     ),
     "objects": (
         "print(json.dumps({'seq': request(), 'tensors': ['mask']}), flush=True)\n"

@@ -140,11 +140,11 @@ def test_what_a_rude_backend_says(tmp_path, processes):
     """Words that no pipe between processes takes, and no terminal should."""
     (tmp_path / "rude.py").write_text(RUDE)
     (tmp_path / "conftest.py").write_text(
-        "import refspan.conformance.runner as runner\n"
-        "class Rude(runner.Failure):\n"
+        "import refspan.conformance.failures as failures\n"
+        "class Rude(failures.Failure):\n"
         "    def __init__(self, message, lines, *rest):\n"
         "        super().__init__(message + '\\x1b[31m\\ud800', ('\\udfff', *lines), *rest)\n"
-        "runner.Failure = Rude\n"
+        "failures.Failure = Rude\n"
     )
     ran = run(tmp_path, "-k", "mask.past", *with_processes(processes), backend="rude.py:Rude")
     assert (ran.returncode, "INTERNALERROR" in ran.stdout) == (1, False), ran.stdout

@@ -169,12 +169,11 @@ class PositionsFromZero(Plain):
 
 
 @mutant("model.no_positions")
-class LastRowForWhatIsFar(Plain):
-    """Scores of all distances are taken from the table, the last row's where it ends, and then zeroed there."""
+class ARowOfAnEmptyTable(Plain):
+    """A table without rows gets one to be allocated at all, and that counts."""
 
     def position_scores(self, q: Array, table: Array, age: Array) -> Array:
-        near = (age >= 1) & (age <= len(table))
-        return np.where(near, q @ table[np.clip(age - 1, 0, len(table) - 1)].T, 0).astype(q.dtype)
+        return super().position_scores(q, table if len(table) else np.ones((1, q.shape[1]), q.dtype), age)
 
 
 class _ForgetsOther(PlainStream):
