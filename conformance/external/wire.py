@@ -21,7 +21,7 @@ TIMES = 16
 """Or so many times what a right one takes in float64, if that is more: wrong shapes are to be seen and told."""
 LARGEST = 1 << 28
 """Bytes of a tensor that it may be sent."""
-DTYPES = {"<f2", "<f4", "<f8", "<i8", "|b1"}
+DTYPES = {"<f2", "<f4", "<f8", "<i8"}
 NOTHING: Mapping[str, int] = {}
 _MAGIC = b"\x93NUMPY\x01\x00"
 

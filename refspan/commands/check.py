@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 from io import TextIOWrapper
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from refspan.commands.asking import Interruptible, ask_and_print, loaded
 from refspan.conformance.protocol import EXAMPLES, TIMEOUT
 from refspan.errors import SetupError
 from refspan.files import check_distinct, check_writable
@@ -109,10 +111,9 @@ def command(
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # backends have names that a terminal may not know
     from refspan.conformance.expected import read_expected
-    from refspan.conformance.loading import files_of
-    from refspan.conformance.report import Report, escaped, partial_of
+    from refspan.conformance.report import Report, escaped
     from refspan.conformance.runner import DTYPES, facts_of_run, run, select
-    from refspan.conformance.vectors.folder import entries_to_add_to, write_folder
+    from refspan.conformance.vectors.folder import write_folder
     from refspan.conformance.vectors.reading import read_folder
     from refspan.conformance.vectors.replay import checks_of
 
@@ -121,30 +122,20 @@ def command(
     checks = select(levels, ids)
     vectors = None if vectors_path is None else read_folder(vectors_path)
     if only_list:
-        for one in checks:
-            click.echo(f"{one.id:<28} {' '.join(one.clauses):<28} {one.purpose.partition(chr(10))[0]}")
-        return 0
+        return _list(checks)
     if backend_name is None:
         raise click.UsageError("Missing option '--backend': name one, for example --backend numpy.", ctx)
     if dtype not in DTYPES:
         raise SetupError(f"unknown dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
     asked = {"json": json_path, "junit": junit, "html": html, "badge": badge}
     files = {form: path for form, path in asked.items() if path is not None}
-    written: dict[str, Path | None] = {f"--{form}": path for form, path in files.items()}
-    written |= {f"--{form}, if interrupted,": partial_of(path) for form, path in files.items()}
-    kept: dict[str, Path | None] = {"--expected-failures": expected_path}
-    kept |= {f"{path} of --backend": path for path in files_of(backend_name) if path.is_file()}
-    check_distinct(written, kept, {"--vectors": vectors_path, "--save-failures": failures_path})
-    for path in files.values():
-        check_writable(path)
-    if failures_path is not None:
-        entries_to_add_to(failures_path)
+    _check_files(files, backend_name, expected_path, vectors_path, failures_path)
     if vectors is not None:
         checks = checks_of(vectors)
     there = None if vectors is None else {one.id for one in checks}
     expected = {} if expected_path is None else read_expected(expected_path, there)
 
-    session = _loaded(stop, backend_name, timeout=timeout, device=device, form=form)
+    session = loaded(stop, backend_name, timeout=timeout, device=device, form=form)
     if session is not None and session.dtypes and dtype not in session.dtypes:
         session.close()
         taken = escaped(", ".join(session.dtypes))
@@ -154,14 +145,13 @@ def command(
     facts = {"backend": backend_name} if session is None else session.facts
     report = Report(facts_of_run(facts, dtype=dtype, seed=seed, examples=examples), planned=len(checks))
     replay = ["refspan", "check", "--backend", backend_name]
-    for name, value in (("--device", device), ("--form", form)):
-        replay += [name, value] if value else []
+    for name, value in (("--device", device), ("--form", form), ("--vectors", vectors_path)):
+        replay += [name, str(value)] if value else []
     replay += ["--dtype", dtype, "--seed", str(seed), "--examples", str(examples)]
     replay += ["--timeout", f"{timeout:g}"] if timeout != TIMEOUT else []
 
     def replay_of(id_: str) -> str:
-        which = ["--check", id_] if vectors_path is None else ["--vectors", str(vectors_path)]
-        return shlex.join([*replay, *which])
+        return shlex.join([*replay, *(["--check", id_] if vectors_path is None else [])])
 
     saved: list[AnyVector] = []
     faults: list[Exception] = []
@@ -171,7 +161,7 @@ def command(
             for line in report.header():
                 click.echo(line)
             click.echo()
-            _run(run, Interruptible(session, stop), checks, report, stop, examples=examples, **options)
+            ask_and_print(run, Interruptible(session, stop), checks, report, stop, examples=examples, **options)
         except KeyboardInterrupt:
             pass
         except Exception as error:  # noqa: BLE001 - raised again below, when what was found until then is written
@@ -181,11 +171,7 @@ def command(
     parts = [partial(_say, report), *(partial(_write, form, path, report) for form, path in files.items())]
     if failures_path is not None and saved:  # last: the report does not depend on it
         parts.append(partial(write_folder, failures_path, saved))
-    for part in parts:
-        try:
-            part()
-        except Exception as error:  # noqa: BLE001 - raised again below; the rest is not lost with it
-            faults.append(error)
+    faults += _faults_of(parts)
     if stop and not report.complete:
         with suppress(OSError):  # the terminal may be what is gone
             for fault in faults:
@@ -206,39 +192,41 @@ def _refuse_others(ctx: click.Context) -> None:
             raise click.UsageError(f"--self-test tries the checks, not a backend: leave {option.opts[0]} out.", ctx)
 
 
-def _loaded(stop: Interrupts, backend_name: str, **options: Any) -> Any:
-    """The backend's session; None if the user has had enough before there is one."""
-    from refspan.conformance.loading import session_of
-
-    try:
-        with stop.waiting():
-            return session_of(backend_name, **options)
-    except (KeyboardInterrupt, SetupError):  # SetupError: its process was told to end, too
-        if not stop:
-            raise
-        return None
+def _list(checks: Iterable[Any]) -> int:
+    """Print a line per check."""
+    for one in checks:
+        click.echo(f"{one.id:<28} {' '.join(one.clauses):<28} {one.purpose.partition(chr(10))[0]}")
+    return 0
 
 
-class Interruptible:
-    """A session that ends at once when the user has had enough: a backend may take long, and is not needed any more."""
+def _check_files(
+    reports: Mapping[str, Path], backend_name: str, expected: Path | None, vectors: Path | None, failures: Path | None
+) -> None:
+    """Raise SetupError if what is to be written cannot be, or would take the place of what is to be read."""
+    from refspan.conformance.loading import files_of
+    from refspan.conformance.report import partial_of
+    from refspan.conformance.vectors.folder import entries_to_add_to
 
-    def __init__(self, session: Any, stop: Interrupts) -> None:
-        self._session, self._stop = session, stop
+    written: dict[str, Path | None] = {f"--{form}": path for form, path in reports.items()}
+    written |= {f"--{form}, if interrupted,": partial_of(path) for form, path in reports.items()}
+    kept: dict[str, Path | None] = {"--expected-failures": expected}
+    kept |= {f"{path} of --backend": path for path in files_of(backend_name) if path.is_file()}
+    check_distinct(written, kept, {"--vectors": vectors, "--save-failures": failures})
+    for path in reports.values():
+        check_writable(path)
+    if failures is not None:
+        entries_to_add_to(failures)
 
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(self._session, name)
-        return partial(self._ask, found) if callable(found) else found
 
-    def _ask(self, ask: Any, *question: Any) -> Any:
-        from refspan.conformance.guard import Misbehaviour
-
+def _faults_of(parts: Iterable[Callable[[], object]]) -> list[Exception]:
+    """Do each of them, also if one before has failed."""
+    faults: list[Exception] = []
+    for part in parts:
         try:
-            with self._stop.waiting():
-                return ask(*question)
-        except Misbehaviour:
-            if self._stop:  # a signal for all processes of ours has ended the backend, too
-                raise KeyboardInterrupt from None
-            raise
+            part()
+        except Exception as error:  # noqa: BLE001 - the caller raises it
+            faults.append(error)
+    return faults
 
 
 def _say(report: Any) -> None:
@@ -268,30 +256,3 @@ def say_where(path: Path, written: Path) -> None:
     """Tell if a report is not where it was to be."""
     if written != path:
         click.echo(f"refspan: {path} stays as it was; the report of this run, INCOMPLETE, is {written}", err=True)
-
-
-def _run(run: Any, session: Any, checks: Any, report: Any, stop: Interrupts, *, examples: int, **options: Any) -> None:
-    """Print a line per check as it finishes; on a terminal a bar shows the one at work."""
-    from tqdm import tqdm
-
-    from refspan.conformance.report import escaped
-
-    # disable=None: no bar where stderr is no terminal
-    with tqdm(total=examples * len(checks), disable=None, leave=False, unit="ex", dynamic_ncols=True) as bar:
-
-        def tick(check: Any, example: int) -> None:
-            if stop:
-                raise KeyboardInterrupt
-            if example == 0:
-                bar.set_description(check.id)
-            if example < examples:
-                bar.update()
-
-        for done, result in enumerate(run(session, checks, report, examples=examples, tick=tick, **options), start=1):
-            bar.n = done * examples
-            bar.refresh()
-            bar.write(result.line())
-            if result.failure is not None:
-                lines = [result.failure.message, *(f"  {line}" for line in result.failure.counterexample)]
-                for line in [*lines, f"replay: {result.failure.replay}"]:
-                    bar.write(f"      {escaped(line)}")
