@@ -7,9 +7,12 @@ from pathlib import Path
 from refspan.conformance.report import Known
 from refspan.conformance.runner import select
 from refspan.errors import SetupError
+from refspan.files import check_file
 
 ENTRY = re.compile(r"(?P<check>[^:]+):\s*(?P<reason>\S.*?)\s*,\s*(?P<link>[A-Za-z][\w+.-]*://\S+)")
 """A reason may have commas and links in it, and a link commas."""
+LARGEST = 1 << 20
+"""Bytes of the file."""
 
 
 def read_expected(path: Path, checks: Collection[str] | None = None) -> dict[str, Known]:
@@ -20,8 +23,10 @@ def read_expected(path: Path, checks: Collection[str] | None = None) -> dict[str
         checks: ids of the checks that there are; those of `select` by default.
 
     Raises:
-        SetupError: the file cannot be read; a line is not `check: reason, link`, names no check, or one named before.
+        SetupError: the file cannot be read, is no regular one or has over 1 MiB; a line is not `check: reason, link`,
+            names no check, or one named before.
     """
+    check_file(path, LARGEST)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

@@ -8,10 +8,12 @@ from pathlib import Path
 from refspan.errors import SetupError
 
 
-def check_file(path: Path) -> None:
-    """Raise SetupError unless `path` is a file."""
+def check_file(path: Path, largest: int | None = None) -> None:
+    """Raise SetupError unless `path` is a file, of at most `largest` bytes."""
     if not path.is_file():
         raise SetupError(f"{path}: {'is not a regular file' if path.exists() else 'no such file'}")
+    if largest is not None and (size := path.stat().st_size) > largest:
+        raise SetupError(f"{path}: has {size} bytes, expected at most {largest}")
 
 
 def check_writable(path: Path) -> None:

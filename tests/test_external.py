@@ -148,6 +148,10 @@ BROKEN = {
     "a number": ("request(); print('3', flush=True); time.sleep(60)", "expected a line of JSON, an object"),
     "NaN": ("print('{\"seq\": NaN}', flush=True); time.sleep(60)", "expected a line of JSON"),
     "nested": ("print('[' * 100000, flush=True); time.sleep(60)", "expected a line of JSON"),
+    "true as seq": (
+        "request(); print('{\"seq\": true}', flush=True); time.sleep(60)",
+        "the answer has seq True, expected 1",
+    ),
     "other seq": ("request(); print('{\"seq\": 77}', flush=True); time.sleep(60)", "the answer has seq 77, expected 1"),
     "no tensor": (
         "while True:\n    print(json.dumps({'seq': request()}), flush=True)\n    sys.stdin.buffer.read1()",
@@ -280,6 +284,7 @@ def test_large_requests_do_not_lock(tmp_path):
         ("true", "the command ended with status 0"),
         ("echo hello", "expected a line of JSON"),
         ('echo {"version":2}', "expected a line of JSON"),
+        ("""echo '{"version": true}'""", "has version True; this refspan speaks version 1"),
         ("""echo '{"version": 2}'""", "has version 2; this refspan speaks version 1"),
         ("""echo '{"version": 1, "operations": ["fly"]}'""", "it offers ['fly']; expected a list of some of soft_mask"),
     ],

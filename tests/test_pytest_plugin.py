@@ -81,7 +81,7 @@ def with_processes(count):
             {"backend": f"{misbehaving.__file__}:OnlySingle", "dtype": "float64"},
             "does not take dtype float64; it takes",
         ),
-        ({"expected-failures": "none.txt"}, "refspan: none.txt: cannot be read"),
+        ({"expected-failures": "none.txt"}, "refspan: none.txt: no such file"),
         ({"examples": "0"}, "refspan: --refspan-examples: got '0', expected a whole number, at least 1"),
     ],
 )

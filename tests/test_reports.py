@@ -1,12 +1,14 @@
 """Every form of a report says the same, also of a run that ended early or failed as expected."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from importlib.resources import files
+from pathlib import Path
 
 import jsonschema
 import pytest
@@ -343,11 +345,18 @@ class TestExpectedFailures:
         assert len(ran.stderr.splitlines()) == 1
 
     def test_files_that_cannot_be_read(self, tmp_path):
-        with pytest.raises(SetupError, match="No such file"):
+        with pytest.raises(SetupError, match="no such file"):
             read_expected(tmp_path / "none.txt")
         binary = tmp_path / "binary"
         binary.write_bytes(b"\xff\xfe\x00")
         with pytest.raises(SetupError, match="not UTF-8"):
+            read_expected(binary)
+        os.mkfifo(tmp_path / "fifo")
+        for path in (Path("/dev/zero"), tmp_path / "fifo"):  # they would be read for ever
+            with pytest.raises(SetupError, match="is not a regular file"):
+                read_expected(path)
+        binary.write_bytes(b"#" * ((1 << 20) + 1))
+        with pytest.raises(SetupError, match="has 1048577 bytes, expected at most 1048576"):
             read_expected(binary)
 
 

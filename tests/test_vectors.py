@@ -30,6 +30,7 @@ from refspan.conformance.vectors.reading import read_folder
 from refspan.conformance.vectors.replay import checks_of
 from refspan.conformance.vectors.vector import Vector
 from refspan.errors import SetupError
+from refspan.files import write_whole
 
 LEFT = {
     *("BiasAtMinusMaxSpan", "SpansStartAtRandom", "ProjectsAllMemoriesAgain", "CountsTheProjectionsOfOneRow"),
@@ -273,6 +274,50 @@ def test_a_report_is_written_even_if_failures_cannot_be_saved(tmp_path, monkeypa
     assert isinstance(ran.exception, SetupError)
     assert "0 of 1 passed, 1 failed" in ran.output
     assert json.loads(report.read_text())["complete"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
+@pytest.mark.parametrize("before", [False, True])
+def test_what_cannot_be_written_to_the_end_is_not_there_at_all(tmp_path, monkeypatch, error, before):
+    from refspan.conformance.vectors import folder
+
+    def fails_in_the_third(path, content):
+        if len(list((tmp_path / "v").iterdir())) > 3:
+            raise error
+        write_whole(path, content)
+
+    if before:
+        write_folder(tmp_path / "v", steps()[:1])
+    there = contents(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(folder, "write_whole", fails_in_the_third)
+        with pytest.raises(SetupError if isinstance(error, OSError) else error):
+            write_folder(tmp_path / "v", steps()[:5])
+    assert contents(tmp_path) == there
+    write_folder(tmp_path / "v", steps()[:5])
+    assert not list(lint_folder(tmp_path / "v"))
+
+
+def test_a_folder_whose_writer_was_killed_can_be_gone_on_with(tmp_path, monkeypatch):
+    from refspan.conformance.vectors import folder
+
+    def killed(path, content):
+        if path.name == "case.safetensors":
+            raise KeyboardInterrupt
+        write_whole(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folder, "write_whole", killed)
+        patch.setattr(folder, "_undo", lambda made: None)
+        with pytest.raises(KeyboardInterrupt):
+            write_folder(tmp_path / "v", steps()[:1])
+    assert contents(tmp_path)
+    write_folder(tmp_path / "v", steps()[:1])
+    assert not list(lint_folder(tmp_path / "v"))
+
+
+def contents(path):
+    return {one.relative_to(path).as_posix(): one.read_bytes() for one in path.rglob("*") if one.is_file()}
 
 
 def test_passing_saves_nothing(tmp_path):
@@ -612,11 +657,6 @@ def without(name, *, case=True):
     return spoil
 
 
-def twice(folder):
-    cases = manifest(folder)["cases"]
-    head(cases=[*cases, cases[0]])(folder)
-
-
 def hashed(name, digest):
     def spoil(folder):
         said(files={**manifest(folder)["cases"][0]["files"], name: digest})(folder)
@@ -639,7 +679,6 @@ UNSOUND_MANIFESTS = {
     "no check at all": (said(check=""), "there is no check ''"),
     "no clauses": (said(clauses=[]), "`clauses` is empty"),
     "no purpose": (said(purpose=""), "`purpose` is empty"),
-    "twice": (twice, "is in the manifest 2 times"),
     "more files": (hashed("other.onnx", "0" * 64), "`files` has 'other.onnx', which is not part of a case"),
     "no hash": (hashed("model.onnx", "?"), "`files` has no SHA-256 of 'model.onnx'"),
     "short hash": (hashed("model.onnx", "0" * 63), "`files` has no SHA-256 of 'model.onnx'"),
@@ -673,6 +712,13 @@ def test_the_linter_finds_in_manifests(folder, name):
     spoil(folder)
     assert any(message in fault for fault in lint_folder(folder))
     assert read_folder(folder)  # unsound, and no less readable
+
+
+def test_a_case_that_is_there_twice(folder):
+    cases = manifest(folder)["cases"]
+    head(cases=[*cases, cases[0]])(folder)
+    with pytest.raises(SetupError, match=f"{cases[0]['id']} is there twice"):
+        read_folder(folder)
 
 
 @pytest.mark.parametrize("name", REFUSED_MANIFESTS)

@@ -69,7 +69,7 @@ class CommandBackend:
             raise
 
     def _understand(self, said: Mapping[str, Any]) -> None:
-        if said.get("version") != VERSION:
+        if said.get("version") != VERSION or type(said["version"]) is not int:
             got = shown(said.get("version"))
             raise SetupError(f"its answer to `start` has version {got}; this refspan speaks version {VERSION}")
         offered = said.get("operations")
@@ -175,7 +175,7 @@ class CommandBackend:
             raise Hung(f"{operation}: {error}") from None
         except Exception as error:
             raise Hung(f"{operation}: {not_foreseen(error)}") from error
-        if said.get("seq") != self._asked:
+        if said.get("seq") != self._asked or type(said["seq"]) is not int:
             raise Hung(f"{operation}: the answer has seq {shown(said.get('seq'))}, expected {self._asked}")
         if said.get("not_offered"):
             raise NotOffered(operation)

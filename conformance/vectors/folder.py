@@ -17,7 +17,8 @@ The same cases give the same bytes, with the same versions of refspan and onnx.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -38,27 +39,46 @@ from refspan.files import write_whole
 def write_folder(path: Path, vectors: Sequence[AnyVector]) -> None:
     """Write vectors into a folder, which is made if need be; cases that are there already stay.
 
+    What has been written is removed if not all can be, or Ctrl-C comes. A process that is killed leaves a folder that
+    can be added to: its manifest comes first, and again at the end.
+
     Raises:
         SetupError: the folder holds something else or a link, or cannot be written.
     """
     entries = entries_to_add_to(path)  # and no link is on the way of what is written below
-    for vector in vectors:
-        contents = dict(files_of(vector))
-        try:
+    new = [path for path in (path, path / MANIFEST) if not path.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        _write_manifest(path, entries)
+        for vector in vectors:
+            contents = dict(files_of(vector))
+            if not (path / vector.id).exists():
+                new.append(path / vector.id)
             for name, content in contents.items():
                 target = path / vector.id / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 write_whole(target, content)
-        except OSError as error:
+            hashes = {name: sha256(content).hexdigest() for name, content in sorted(contents.items())}
+            entries[vector.id] = {"id": vector.id, **_described(vector), "files": hashes}
+        _write_manifest(path, entries)
+    except BaseException as error:
+        _undo(reversed(new))  # the manifest after all cases
+        if isinstance(error, OSError):
             raise SetupError(f"{path}: cannot be written: {error.strerror}") from None
-        hashes = {name: sha256(content).hexdigest() for name, content in sorted(contents.items())}
-        entries[vector.id] = {"id": vector.id, **_described(vector), "files": hashes}
-    tree = {
-        "refspan_vectors": VERSION,
-        "refspan": refspan.__version__,
-        "cases": [entries[id_] for id_ in sorted(entries)],
-    }
-    write_whole(path / MANIFEST, _json(tree))
+        raise
+
+
+def _undo(made: Iterable[Path]) -> None:
+    for path in made:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _write_manifest(path: Path, entries: Mapping[str, dict[str, Any]]) -> None:
+    cases = [entries[id_] for id_ in sorted(entries)]
+    write_whole(path / MANIFEST, _json({"refspan_vectors": VERSION, "refspan": refspan.__version__, "cases": cases}))
 
 
 def entries_to_add_to(path: Path) -> dict[str, dict[str, Any]]:

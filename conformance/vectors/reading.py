@@ -50,8 +50,12 @@ def read_folder(path: Path) -> list[AnyVector]:
 
 
 def entries_of(path: Path) -> dict[str, dict[str, Any]]:
-    """The manifest's cases by id; raises SetupError, also if their files are too much to be read."""
-    entries = {entry["id"]: entry for entry in manifest_of(path)["cases"]}
+    """The manifest's cases by id; raises SetupError, also if one is there twice or they are too large to be read."""
+    entries: dict[str, dict[str, Any]] = {}
+    for entry in manifest_of(path)["cases"]:
+        if entry["id"] in entries:
+            raise SetupError(f"{path / MANIFEST}: {entry['id']} is there twice")
+        entries[entry["id"]] = entry
     check_sizes(path, [f"{id_}/{name}" for id_ in entries for name in ("case.safetensors", "program.json")])
     return entries
 
