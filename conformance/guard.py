@@ -12,6 +12,8 @@ import numpy as np
 
 from refspan.conformance.protocol import Array
 
+Returned = tuple[str, Array, Array]
+"""What returned an array, the array, and a copy."""
 KEYWORDS = ("queries", "ramp", "position")
 """Arguments that the protocol passes by name. All others go by place: a backend may call them what it likes."""
 
@@ -90,6 +92,7 @@ def guarded_call(
     if function is None:
         raise NotOffered(operation)
     buffers: dict[tuple[str, tuple[int, ...], str], Array] = {}
+    returned: list[Returned] = []
     results = []
     for arguments, expected in zip(calls, shapes, strict=True):
         handed = {name: _hand_over(name, value, buffers) for name, value in arguments.items()}
@@ -106,10 +109,11 @@ def guarded_call(
             text = one_line(error)
             hint = " (arguments are handed over read-only)" if "read-only" in text else ""
             raise Misbehaviour(f"{operation} raised {type(error).__name__}: {text}{hint}") from None
-        results.append(_checked(operation, result, expected, handed))
+        results.append(_checked(operation, result, expected, handed, returned))
         for name, value in arguments.items():
             if isinstance(value, np.ndarray) and handed[name].tobytes() != value.tobytes():
                 raise Misbehaviour(f"{operation} changed its argument {name!r}")
+    check_kept(returned)
     return results
 
 
@@ -160,10 +164,10 @@ def _hand_over(name: str, value: Any, buffers: dict[tuple[str, tuple[int, ...], 
     return buffer
 
 
-def _checked(operation: str, result: Any, expected: Shapes, handed: Mapping[str, Any]) -> Any:
+def _checked(operation: str, result: Any, expected: Shapes, handed: Mapping[str, Any], returned: list[Returned]) -> Any:
     """The result in memory of its own, if it is of the right type, shape and dtype."""
     if "" in expected:
-        return check_array(f"{operation} returned", result, *expected[""], handed)
+        return check_array(f"{operation} returned", result, *expected[""], handed, returned)
     if not isinstance(result, Mapping):
         raise Misbehaviour(f"{operation} returned {type(result).__name__}, expected a dict of {', '.join(expected)}")
     missing = [name for name in expected if result.get(name) is None]
@@ -172,13 +176,23 @@ def _checked(operation: str, result: Any, expected: Shapes, handed: Mapping[str,
         wrong = "misses " + ", ".join(missing) if missing else "has an unexpected " + ", ".join(extra)
         raise Misbehaviour(f"{operation} returned a dict that {wrong}")
     return {
-        name: check_array(f"{operation} returned for {name!r}", result[name], *like, handed)
+        name: check_array(f"{operation} returned for {name!r}", result[name], *like, handed, returned)
         for name, like in expected.items()
     }
 
 
-def check_array(where: str, array: Any, shape: tuple[int, ...], dtype: str, handed: Mapping[str, Any]) -> Array:
-    """A copy of `array`, if it is a NumPy array of this shape and dtype that shares no memory with what was handed."""
+def check_array(
+    where: str,
+    array: Any,
+    shape: tuple[int, ...],
+    dtype: str,
+    handed: Mapping[str, Any],
+    returned: list[Returned],
+) -> Array:
+    """A copy of `array`, if it is a NumPy array of this shape and dtype that shares no memory with what was handed.
+
+    Both go into `returned`, for `check_kept`.
+    """
     if isinstance(array, np.generic):  # what NumPy makes of an array without axes
         array = np.asarray(array)
     if not isinstance(array, np.ndarray) or isinstance(array, np.ma.MaskedArray):
@@ -191,4 +205,13 @@ def check_array(where: str, array: Any, shape: tuple[int, ...], dtype: str, hand
     for name, argument in handed.items():
         if isinstance(argument, np.ndarray) and np.may_share_memory(plain, argument):
             raise Misbehaviour(f"{where} memory of its argument {name!r}")
-    return np.array(plain)
+    copy = np.array(plain)
+    returned.append((where, plain, copy))
+    return copy
+
+
+def check_kept(returned: Sequence[Returned]) -> None:
+    """Raise Misbehaviour if an array that was returned is not as it was: a later answer was written there."""
+    for where, array, copy in returned:
+        if not np.array_equal(array, copy, equal_nan=True):
+            raise Misbehaviour(f"what {where} was changed by a later call")

@@ -1,6 +1,6 @@
 """Programs to ask of models, drawn by Hypothesis."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,6 +133,12 @@ def _spans(rng: np.random.Generator, kind: str, name: str, start: Array) -> Arra
     return np.asarray(0.3 * rng.standard_normal(start.shape) + (0 if weight else bias))
 
 
+def moved(rng: np.random.Generator, params: Mapping[str, Array]) -> dict[str, Array]:
+    """Parameters a large step of an optimiser further on."""
+    steps = {name: 0.2 * (np.std(x) + 0.05) * rng.standard_normal(x.shape) for name, x in params.items()}
+    return {name: (x + steps[name]).astype(x.dtype) for name, x in params.items()}
+
+
 @st.composite
 def cases(
     draw: st.DrawFn,
@@ -148,6 +154,7 @@ def cases(
     reopens: bool = False,
     sizes: bool = False,
     projected: bool = False,
+    alike: bool = False,
     least_tokens: int = 1,
     most_tokens: int = MOST_TOKENS,
     long_block: int | None = None,
@@ -167,17 +174,23 @@ def cases(
         reopens: whether a stream may give way to a new one, of another model, under its name.
         sizes: whether what is held is asked after each step, reset and restore.
         projected: whether the number of projections is asked in the end.
+        alike: whether models differ in their parameters alone.
         least_tokens: that each stream reads.
         most_tokens: that it reads beyond these.
         long_block: tokens of one more kind of block; with `resets` one of these comes last, after a reset.
         about_model: see `models`.
     """
     program: list[Operation] = []
+    drawn: list[tuple[ModelConfig, dict[str, Array]]] = []
     notes = []
     rng = np.random.default_rng(draw(st.integers(0, 2**16)))
 
     def open_one(name: str) -> Open:
-        config, params, words = draw(models(dtype, **about_model))
+        if alike and drawn:
+            config, params, words = drawn[0][0], moved(rng, drawn[0][1]), "as the first, with other parameters"
+        else:
+            config, params, words = draw(models(dtype, **about_model))
+            drawn.append((config, params))
         batch = draw(st.sampled_from(rows))
         with_memory = draw(st.booleans()) if memory is None else memory
         given = _given_memory(rng, config, batch, dtype, far=far) if with_memory else None

@@ -12,7 +12,17 @@ from typing import Any
 import numpy as np
 
 from refspan.config import ModelConfig, parameter_shapes
-from refspan.conformance.guard import Misbehaviour, NotOffered, check_array, not_its_own, one_line, shown, whole_number
+from refspan.conformance.guard import (
+    Misbehaviour,
+    NotOffered,
+    Returned,
+    check_array,
+    check_kept,
+    not_its_own,
+    one_line,
+    shown,
+    whole_number,
+)
 from refspan.conformance.protocol import Array
 
 
@@ -160,17 +170,14 @@ class _Runner:
         """What the last block of training of a stream began with."""
         self._handed: list[tuple[str, Array, bytes]] = []
         """Arrays that the backend was given, and what was in them."""
-        self._returned: list[tuple[str, Array, Array]] = []
-        """Arrays that it returned, and copies."""
+        self._returned: list[Returned] = []
 
     def run(self, program: Program) -> list[Any]:
         answers = [self._one(operation) for operation in program]
         for what, array, content in self._handed:
             if array.tobytes() != content:
                 raise Misbehaviour(f"{what} was changed")
-        for what, array, copy in self._returned:
-            if not np.array_equal(array, copy, equal_nan=True):
-                raise Misbehaviour(f"the array returned by {what} was changed by a later call")
+        check_kept(self._returned)
         return answers
 
     def _one(self, operation: Operation) -> Any:
@@ -190,9 +197,7 @@ class _Runner:
             got = self._call(str(operation), stream, "step", tokens)
             like = opened.params["embedding.weight"].dtype
             shape = (*operation.tokens.shape, opened.config.vocab_size)
-            checked = check_array(f"{operation} returned", got, shape, str(like), {"tokens": tokens})
-            self._returned.append((str(operation), got, checked))
-            return checked
+            return check_array(f"{operation} returned", got, shape, str(like), {"tokens": tokens}, self._returned)
         if isinstance(operation, Reset):
             self._call(str(operation), stream, "reset", operation.row)
             return None
@@ -264,9 +269,14 @@ class _Runner:
             raise Misbehaviour(f"loss_and_gradients returned {type(grads).__name__} for gradients, expected a mapping")
         checked = {
             name: check_array(
-                f"loss_and_gradients returned for {name!r}", grads.get(name), array.shape, str(array.dtype), params
+                f"loss_and_gradients returned for {name!r}",
+                grads.get(name),
+                x.shape,
+                str(x.dtype),
+                params,
+                self._returned,
             )
-            for name, array in operation.params.items()
+            for name, x in operation.params.items()
         }
         return *losses, checked
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 import refspan
 from refspan.conformance.memo import remembered
 from refspan.conformance.model_bounds import SAFETY, SAMPLES
-from refspan.conformance.model_cases import SIZES, SPANS, models
+from refspan.conformance.model_cases import SIZES, SPANS, models, moved
 from refspan.conformance.programs import Learn
 from refspan.conformance.protocol import Array
 from refspan.conformance.tolerance import Arithmetic, Expected
@@ -60,10 +60,12 @@ def blocks(
     spans: tuple[str, ...] = SPANS,
     shapes: Sequence[tuple[int, ...]] = SIZES,
     twice: bool = False,
+    moves: bool = False,
 ) -> TrainingCase:
     """Up to four blocks, or `most`, of one model, of any length, some of them with shortened spans.
 
-    `twice`: each block is run again from the memory that it began with.
+    `twice`: each block is run again from the memory that it began with. `moves`: parameters are others in each block,
+    as an optimiser leaves them.
     """
     config, params, words = draw(models(dtype, spans=spans, shapes=shapes))
     # Spans that are all but 0 or L must not meet a kink at a whole distance: there float32 has no way to be right.
@@ -79,6 +81,7 @@ def blocks(
         limit = float(rng.uniform(0, config.max_span)) * (shortest > 0) if draw(st.sampled_from(limited)) else None
         one = Learn("a", config, params, tokens, targets, weight, limit)
         program += [one, replace(one, again=True)] if twice else [one]
+        params = moved(rng, params) if moves else params
     return TrainingCase(tuple(program), (words,))
 
 
@@ -122,26 +125,26 @@ def _evaluate(one: Learn, params: dict[str, Array], memory: Any, **options: Any)
 def _expected(case: TrainingCase, run_block: Callable[..., tuple[_Block, Any]]) -> list[Taught]:
     first = case.program[0]
     dtype = np.dtype(first.params["embedding.weight"].dtype)
-    wide = {name: array.astype(np.float64) for name, array in first.params.items()}
     longest = max(first.config.feedforward_size, first.config.hidden_size, first.config.vocab_size) + 8
     arithmetic = Arithmetic.of(dtype)
     u = arithmetic.u
     rng = np.random.default_rng(len(case.program))
-    exact = _run(case, wide, run_block)
+    exact = _run(case, {}, run_block)
     strayed = []
     for _ in range(SAMPLES):
-        moved = {n: x * (1 + rng.choice([-1.0, 1.0], x.shape) * 2 * longest * u) for n, x in wide.items()}
-        strayed.append(_run(case, moved, run_block))
+        off = {n: 1 + rng.choice([-1.0, 1.0], x.shape) * 2 * longest * u for n, x in first.params.items()}
+        strayed.append(_run(case, off, run_block))
     samples = [[sample[i] for sample in strayed] for i in range(len(exact))]
     return [_taught(*pair, arithmetic, longest) for pair in zip(exact, samples, strict=True)]
 
 
-def _run(case: TrainingCase, params: dict[str, Array], run_block: Callable[..., tuple[_Block, Any]]) -> list[_Block]:
-    """What each block comes to."""
+def _run(case: TrainingCase, off: dict[str, Array], run_block: Callable[..., tuple[_Block, Any]]) -> list[_Block]:
+    """What each block comes to, with parameters multiplied by `off`."""
     begun, memory, results = None, None, []
     for one in case.program:
         options = {"span_loss_weight": one.span_loss_weight, "span_limit": one.span_limit}
         begun = begun if one.again else memory
+        params = {n: x.astype(np.float64) * off.get(n, 1.0) for n, x in one.params.items()}
         block, memory = run_block(one, params, begun, **options)
         results.append(block)
     return results

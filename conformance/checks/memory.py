@@ -110,6 +110,13 @@ def two_streams(probe: Probe, case: ModelCase) -> None:
     follow(probe, case)
 
 
+@check("memory.models_alike", clauses=["START", "CACHE"], needs=NEEDS, cost=2 * COST,
+       cases=some(streams=2, reopens=True, rows=(2, 1), alike=True))  # fmt: skip
+def models_alike(probe: Probe, case: ModelCase) -> None:
+    """Streams of models that differ in nothing but their parameters, as two that were tuned from one, do not mix."""
+    follow(probe, case)
+
+
 @check("memory.state_machine", clauses=["AGE", "DROP", "START"], needs=NEEDS, cost=2 * COST,
        cases=some(streams=2, resets=True, restores=True, reopens=True, rows=(2, 3)))  # fmt: skip
 def state_machine(probe: Probe, case: ModelCase) -> None:

@@ -93,6 +93,13 @@ def again(probe: Probe, case: TrainingCase) -> None:
     _follow(probe, case)
 
 
+@check("training.moved", clauses=["GRAD", "CACHE", "DROP"], needs=NEEDS, cost=COST,
+       cases=lambda dtype: blocks(dtype, least=2, moves=True))  # fmt: skip
+def moved(probe: Probe, case: TrainingCase) -> None:
+    """Parameters are others in each block; what earlier blocks left is read with those of the block that reads it."""
+    _follow(probe, case)
+
+
 @check("training.large", clauses=["GRAD", "LOSS", "MODEL"], needs=NEEDS, cost=5 * COST,
        cases=lambda dtype: blocks(dtype, shapes=LARGE, rows=(4,), least=5, most=6))  # fmt: skip
 def large(probe: Probe, case: TrainingCase) -> None:

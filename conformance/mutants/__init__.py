@@ -14,6 +14,7 @@ from refspan.conformance.backends.reference import NumpyBackend, SmallTiles
 from refspan.conformance.mutants import (  # noqa: F401 - each puts its own on the list
     behaviour,
     gradients,
+    kept,
     mask,
     memory,
     models,

@@ -1,0 +1,95 @@
+"""Backends that keep what they should make anew: parameters of another call, the memory of results."""
+
+from typing import Any
+
+import numpy as np
+
+from refspan.config import ModelConfig
+from refspan.conformance.backends.reference import NumpyBackend
+from refspan.conformance.mutants.dense import Array, Dense
+from refspan.conformance.mutants.plain import Initial, Parameters, Plain, PlainStream
+from refspan.conformance.mutants.registry import mutant
+
+
+@mutant("training.moved")
+class WeightsOfTheFirstBlock(NumpyBackend):
+    """Blocks of training that follow each other have the parameters of the first, as in a graph that holds them."""
+
+    def loss_and_gradients(
+        self, config: ModelConfig, params: Any, tokens: Array, targets: Array, memory: Any, **options: Any
+    ) -> Any:
+        if memory is not None:
+            memory, params = memory
+        losses, grads, after = super().loss_and_gradients(config, params, tokens, targets, memory, **options)
+        return losses, grads, (after, params)
+
+
+def _kind(config: ModelConfig, params: Parameters) -> Any:
+    return config, {name: (x.shape, x.dtype) for name, x in params.items()}
+
+
+@mutant("training.moved")
+class TrainsTheWeightsOfTheLastModel(NumpyBackend):
+    """What was compiled for a model is used as long as configuration and shapes are the same, parameters and all."""
+
+    last: Any = None
+
+    def loss_and_gradients(self, config: ModelConfig, params: Any, *arguments: Any, **options: Any) -> Any:
+        if self.last is None or self.last[0] != _kind(config, params):
+            self.last = _kind(config, params), {name: x.copy() for name, x in params.items()}
+        return super().loss_and_gradients(config, self.last[1], *arguments, **options)
+
+
+@mutant("memory.models_alike")
+class OpensTheLastModel(Plain):
+    """What was compiled for a model is used as long as configuration and shapes are the same, parameters and all."""
+
+    last: Any = None
+
+    def open_model(self, config: ModelConfig, params: Parameters, *, batch: int, memory: Initial = None) -> PlainStream:
+        if self.last is None or self.last[0] != _kind(config, params):
+            self.last = _kind(config, params), {name: x.copy() for name, x in params.items()}
+        return super().open_model(config, self.last[1], batch=batch, memory=memory)
+
+
+class _Buffers:
+    def __init__(self) -> None:
+        self.buffers: dict[Any, Array] = {}
+
+    def put(self, name: str, x: Array) -> Array:
+        buffer = self.buffers.setdefault((name, x.shape, str(x.dtype)), np.empty_like(x))
+        buffer[...] = x
+        return buffer
+
+
+@mutant("mask.repeated", "attention.repeated", "gradient.repeated")
+class ResultsInOneBuffer(Dense):
+    """Results of one shape are all written to the same place, also where the caller still has them."""
+
+    thread_safe = False
+
+    def __init__(self) -> None:
+        self.results = _Buffers()
+
+    def soft_mask(self, *arrays: Any, **options: Any) -> Array:
+        return self.results.put("mask", super().soft_mask(*arrays, **options))
+
+    def span_attention(self, *arrays: Any, **options: Any) -> Array:
+        return self.results.put("output", super().span_attention(*arrays, **options))
+
+    def span_attention_backward(self, *arrays: Any, **options: Any) -> dict[str, Array]:
+        grads = super().span_attention_backward(*arrays, **options)
+        return {name: self.results.put(name, x) for name, x in grads.items()}
+
+
+@mutant("training.gradients", "training.again")
+class GradientsInOneBuffer(NumpyBackend):
+    """Gradients of one block of training are written over those of the one before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.results = _Buffers()
+
+    def loss_and_gradients(self, *arguments: Any, **options: Any) -> Any:
+        losses, grads, memory = super().loss_and_gradients(*arguments, **options)
+        return losses, {name: self.results.put(name, np.asarray(x)) for name, x in grads.items()}, memory
