@@ -18,6 +18,7 @@ from refspan.conformance.mutants import (  # noqa: F401 - each puts its own on t
     mask,
     memory,
     models,
+    reach,
     sizes,
     streams,
     training,
