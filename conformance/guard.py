@@ -4,7 +4,8 @@ A backend is somebody else's program: it may raise, return anything, keep or cha
 back. `guarded_call` turns all of that but the last into `Misbehaviour`; `refspan.conformance.sessions` adds the clock.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from threading import Barrier, Thread
 from typing import Any
 
@@ -125,32 +126,39 @@ def not_its_own(backend: Any, error: BaseException) -> bool:
 def calls_at_once(
     backend: Any, operation: str, calls: Sequence[Mapping[str, Any]], shapes: Sequence[Shapes]
 ) -> list[Any]:
-    """As `guarded_call`, each of `calls` on a thread of its own, all at once.
+    """As `guarded_call`, each of `calls` on a thread of its own, all at once; raises what `at_once` does too."""
+    pairs = zip(calls, shapes, strict=True)
+    answers = at_once(backend, operation, [partial(guarded_call, backend, operation, [c], [s]) for c, s in pairs])
+    return [answer for (answer,) in answers]
+
+
+def at_once(backend: Any, operation: str, questions: Sequence[Callable[[], Any]]) -> list[Any]:
+    """Answers of the backend to questions, each asked on a thread of its own, all at once.
 
     Raises:
-        NotOffered: also if the backend says that it is not made for this (`thread_safe = False`).
+        NotOffered: the backend says that it is not made for this (`thread_safe = False`).
     """
     if not getattr(backend, "thread_safe", True):
         raise NotOffered(operation)
-    start = Barrier(len(calls))
+    start = Barrier(len(questions))
     answers: dict[int, Any] = {}
     errors: dict[int, BaseException] = {}
 
     def one(i: int) -> None:
         start.wait()
         try:
-            (answers[i],) = guarded_call(backend, operation, [calls[i]], [shapes[i]])
+            answers[i] = questions[i]()
         except BaseException as error:  # noqa: BLE001 - raised below
             errors[i] = error
 
-    threads = [Thread(target=one, args=(i,), daemon=True) for i in range(len(calls))]  # one that hangs is left behind
+    threads = [Thread(target=one, args=(i,), daemon=True) for i in range(len(questions))]  # who hangs is left behind
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     if errors:
         raise errors[min(errors)]
-    return [answers[i] for i in range(len(calls))]
+    return [answers[i] for i in range(len(questions))]
 
 
 def _hand_over(name: str, value: Any, buffers: dict[tuple[str, tuple[int, ...], str], Array]) -> Any:

@@ -14,7 +14,7 @@ from refspan.conformance.protocol import Array
 SIZES = ((7, 6, 10, 1, 1, 4, 3), (11, 12, 20, 2, 2, 5, 4), (5, 8, 9, 2, 3, 3, 2), (13, 10, 16, 3, 2, 4, 5))
 """Vocabulary, hidden, feed-forward, layers, heads, head size, block; H * D is not d."""
 
-LARGE = ((300, 48, 96, 1, 3, 20, 64),)
+LARGE = ((300, 72, 136, 1, 5, 20, 64),)
 """As SIZES, wide enough for kernels to take more than one of their tiles; more tokens than bytes hold."""
 
 LONG = ((7, 6, 10, 1, 1, 4, 150), SIZES[0])

@@ -6,6 +6,7 @@ run as a whole: what matters about a stream is what it remembers from one call t
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -16,6 +17,7 @@ from refspan.conformance.guard import (
     Misbehaviour,
     NotOffered,
     Returned,
+    at_once,
     check_array,
     check_kept,
     not_its_own,
@@ -159,6 +161,11 @@ def run_program(backend: Any, program: Program) -> list[Any]:
         NotOffered: the backend lacks an operation that the program uses.
     """
     return _Runner(backend).run(program)
+
+
+def run_programs_at_once(backend: Any, programs: Sequence[Program]) -> list[list[Any]]:
+    """Run programs on a backend, each on a thread of its own, all at once; see `at_once`."""
+    return at_once(backend, "programs", [partial(run_program, backend, program) for program in programs])
 
 
 class _Runner:

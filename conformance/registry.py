@@ -127,9 +127,11 @@ class Probe:
         calls = [{"grad_out": case.grad_out, **case.arguments()} for case in asked]
         return self._ask(self._how(at_once), "span_attention_backward", calls, shapes)
 
-    def programs(self, *asked: Program) -> list[list[Any]]:
-        """Answers to these programs, one per operation, asked one after the other."""
+    def programs(self, *asked: Program, at_once: bool = False) -> list[list[Any]]:
+        """Answers to these programs, one per operation, asked one after the other, or at once on threads."""
         self.asked, self.compared = asked, {}
+        if at_once:
+            return self._ask(self._session.run_programs_at_once, asked)
         return [self._ask(self._session.run_program, program) for program in asked]
 
     def _how(self, at_once: bool) -> Callable[..., list[Any]]:

@@ -11,7 +11,7 @@ from refspan.conformance.external.patience import Patience
 from refspan.conformance.external.worker import command, packed, unpacked
 from refspan.conformance.facts import dtypes_of, facts_of
 from refspan.conformance.guard import Hung, Shapes, calls_at_once, guarded_call
-from refspan.conformance.programs import Program, run_program
+from refspan.conformance.programs import Program, run_program, run_programs_at_once
 from refspan.conformance.replies import Question, Reply, answers_in, reply_of
 from refspan.errors import SetupError
 
@@ -32,6 +32,9 @@ class Session(Protocol):
 
     def run_program(self, program: Program) -> list[Any]:
         """As `refspan.conformance.programs.run_program`, and `Hung` if no answer comes."""
+
+    def run_programs_at_once(self, programs: Sequence[Program]) -> list[list[Any]]:
+        """As `refspan.conformance.programs.run_programs_at_once`, and `Hung` if no answer comes."""
 
     def close(self) -> None:
         """Free what the backend holds."""
@@ -72,6 +75,10 @@ class InProcess:
     def run_program(self, program: Program) -> list[Any]:
         """As `Session.run_program`."""
         return self._ask("the program", partial(run_program, program=program))
+
+    def run_programs_at_once(self, programs: Sequence[Program]) -> list[list[Any]]:
+        """As `Session.run_programs_at_once`."""
+        return self._ask("the programs", partial(run_programs_at_once, programs=programs))
 
     def close(self) -> None:
         """End the thread once it is idle."""
@@ -119,6 +126,10 @@ class Worker:
     def run_program(self, program: Program) -> list[Any]:
         """As `Session.run_program`."""
         return self._ask("the program", partial(run_program, program=program))
+
+    def run_programs_at_once(self, programs: Sequence[Program]) -> list[list[Any]]:
+        """As `Session.run_programs_at_once`."""
+        return self._ask("the programs", partial(run_programs_at_once, programs=programs))
 
     def close(self) -> None:
         """End the process, and all that it started."""

@@ -117,6 +117,18 @@ def models_alike(probe: Probe, case: ModelCase) -> None:
     follow(probe, case)
 
 
+@check("memory.threads", clauses=["START"], needs=NEEDS, cost=2 * COST, cases=some(streams=2, rows=(2, 1)))
+def streams_at_once(probe: Probe, case: ModelCase) -> None:
+    """Streams that several threads read at once, each its own, do not mix (`thread_safe = False`: not offered)."""
+    names = sorted({operation.stream for operation in case.program})
+    programs = [tuple(one for one in case.program if one.stream == name) for name in names]
+    for program, answers in zip(programs, probe.programs(*programs, at_once=True), strict=True):
+        expected = Answers(program)
+        for i, operation in enumerate(program):
+            if isinstance(operation, Step):
+                probe.compare(f"log-probabilities of {operation}", answers[i], expected.of_step(i))
+
+
 @check("memory.state_machine", clauses=["AGE", "DROP", "START"], needs=NEEDS, cost=2 * COST,
        cases=some(streams=2, resets=True, restores=True, reopens=True, rows=(2, 3)))  # fmt: skip
 def state_machine(probe: Probe, case: ModelCase) -> None:
@@ -149,9 +161,10 @@ def bound(probe: Probe, case: ModelCase) -> None:
                     )
 
 
-@check("memory.projected_once", clauses=["CACHE"], needs=NEEDS, cost=COST, cases=some(projected=True))
+@check("memory.projected_once", clauses=["CACHE"], needs=NEEDS, cost=COST,
+       cases=some(projected=True, resets=True, restores=True))  # fmt: skip
 def projected_once(probe: Probe, case: ModelCase) -> None:
-    """Keys and values of a memory are made once, not again in every block that still sees it."""
+    """Keys and values of a memory are made once, not again in every block that sees it; the count never falls back."""
     (answers,) = probe.programs(case.program)
     for i, operation in enumerate(case.program):
         if isinstance(operation, Projected):

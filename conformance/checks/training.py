@@ -1,6 +1,7 @@
 """Level training: losses of blocks that follow each other, their gradients, and where training starts."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
@@ -107,8 +108,21 @@ def large(probe: Probe, case: TrainingCase) -> None:
     _follow(probe, case)
 
 
+@check("training.threads", clauses=["GRAD"], needs=NEEDS, cost=2 * COST, cases=lambda dtype: blocks(dtype, most=2))
+def at_once(probe: Probe, case: TrainingCase) -> None:
+    """Blocks that several threads run at once do not mix (`thread_safe = False` says: not offered)."""
+    turned = [replace(one, tokens=one.tokens[:, ::-1], targets=one.targets[:, ::-1]) for one in case.program]
+    other = replace(case, program=tuple(turned))
+    for one, answers in zip((case, other), probe.programs(case.program, other.program, at_once=True), strict=True):
+        _compare(probe, one, answers)
+
+
 def _follow(probe: Probe, case: TrainingCase) -> None:
     (answers,) = probe.programs(case.program)
+    _compare(probe, case, answers)
+
+
+def _compare(probe: Probe, case: TrainingCase, answers: list[Any]) -> None:
     for i, (answer, taught) in enumerate(zip(answers, expected_training(case), strict=True)):
         probe.compare(f"task loss of block {i}", np.asarray(answer[0]), taught.task)
         probe.compare(f"span loss of block {i}", np.asarray(answer[1]), taught.span)

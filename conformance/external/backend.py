@@ -244,6 +244,10 @@ class CommandSession:
         """As `Session.run_program`."""
         return self._ask(partial(run_program, program=program))
 
+    def run_programs_at_once(self, programs: Sequence[Program]) -> list[list[Any]]:  # noqa: ARG002
+        """The protocol knows one request at a time."""
+        raise NotOffered("programs")
+
     def close(self) -> None:
         """End the command."""
         self._backend.close()

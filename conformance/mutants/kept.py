@@ -1,5 +1,6 @@
-"""Backends that keep what they should make anew: parameters of another call, the memory of results."""
+"""Backends that keep what they should make anew: parameters of another call, scratch, the memory of results."""
 
+import time
 from typing import Any
 
 import numpy as np
@@ -93,3 +94,41 @@ class GradientsInOneBuffer(NumpyBackend):
     def loss_and_gradients(self, *arguments: Any, **options: Any) -> Any:
         losses, grads, memory = super().loss_and_gradients(*arguments, **options)
         return losses, {name: self.results.put(name, np.asarray(x)) for name, x in grads.items()}, memory
+
+
+class _ReadsFromTheBackend(PlainStream):
+    def read(self, b: int, tokens: Array) -> Array:
+        self.rules.shared["tokens"] = tokens
+        time.sleep(1e-3)
+        return super().read(b, self.rules.shared["tokens"])
+
+
+@mutant("memory.threads", stream=_ReadsFromTheBackend)
+class StreamsReadFromOneBuffer(Plain):
+    """The tokens that a stream reads are in a buffer of the backend, where another thread's stream finds them."""
+
+
+@mutant("training.threads")
+class LearnsFromOneBuffer(NumpyBackend):
+    """The block that is learnt from is in a buffer of the backend, where another thread finds it."""
+
+    def loss_and_gradients(
+        self, config: ModelConfig, params: Any, tokens: Array, targets: Array, memory: Any, **options: Any
+    ) -> Any:
+        self.kept = tokens, targets
+        time.sleep(1e-3)
+        return super().loss_and_gradients(config, params, *self.kept, memory, **options)
+
+
+class _CountsAnew(PlainStream):
+    def state(self) -> Any:
+        return super().state(), self.projected
+
+    def restore(self, state: Any) -> None:
+        rows, self.projected = state
+        super().restore(rows)
+
+
+@mutant("memory.projected_once", stream=_CountsAnew)
+class RestoresTheCount(Plain):
+    """A restore brings back how many memories had been projected, too."""
