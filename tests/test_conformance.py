@@ -32,7 +32,8 @@ def failures(report):
     return {result.check: result.failure.message for result in report.results if result.failure}
 
 
-STEP_MUTANTS = [one.name for one in MUTANTS.values() if one.area in ("mask", "weights", "gradients", "behaviour")]
+AREAS = ("mask", "weights", "gradients", "reach", "behaviour")
+STEP_MUTANTS = [one.name for one in MUTANTS.values() if one.area in AREAS]
 
 
 @pytest.mark.parametrize("name", STEP_MUTANTS)

@@ -13,13 +13,14 @@ from refspan.conformance.mutants.plain import Plain
 LEVELS = ("memory", "model")
 MODEL_MUTANTS = [one.name for one in MUTANTS.values() if one.area in ("memory", "streams", "models")]
 TRAINING_MUTANTS = [one.name for one in MUTANTS.values() if one.area == "training"]
+KEEPING_MUTANTS = [one.name for one in MUTANTS.values() if one.area == "kept"]
 
 
 def failures(report):
     return {result.check: result.failure.message for result in report.results if result.status == "failed"}
 
 
-@pytest.mark.parametrize("name", MODEL_MUTANTS + TRAINING_MUTANTS)
+@pytest.mark.parametrize("name", MODEL_MUTANTS + TRAINING_MUTANTS + KEEPING_MUTANTS)
 def test_wrong_model_is_rejected(name):
     mutant = MUTANTS[name]
     report = check_backend(mutant.make(), checks=mutant.killed_by)

@@ -162,7 +162,7 @@ def bound(probe: Probe, case: ModelCase) -> None:
 
 
 @check("memory.projected_once", clauses=["CACHE"], needs=NEEDS, cost=COST,
-       cases=some(projected=True, resets=True, restores=True))  # fmt: skip
+       cases=some(projected=True, resets=True, restores=True, least_tokens=20))  # fmt: skip
 def projected_once(probe: Probe, case: ModelCase) -> None:
     """Keys and values of a memory are made once, not again in every block that sees it; the count never falls back."""
     (answers,) = probe.programs(case.program)

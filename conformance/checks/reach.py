@@ -13,9 +13,11 @@ from refspan.conformance.checks import mask
 from refspan.conformance.checks.attention import SEVERAL_MEMORIES
 from refspan.conformance.protocol import Array
 from refspan.conformance.registry import Probe, check
-from refspan.conformance.strategies import Sizes, attention_cases, of_each_size
+from refspan.conformance.strategies import AGES, Sizes, attention_cases, of_each_size
 from refspan.conformance.tolerance import attention_bounds, expected_mask
 
+NEAR = tuple(layout for layout in AGES if layout != "beyond")
+"""Ages below 2^31: those above have checks of their own."""
 FORWARD, BACKWARD = ["span_attention"], ["span_attention_backward"]
 
 
@@ -52,7 +54,7 @@ def _of_magnitudes(dtype: np.dtype) -> st.SearchStrategy[AttentionCase]:
             position=None if case.position is None else case.position * one**-of_query,
         )  # fmt: skip
 
-    plain = attention_cases(dtype, contents=("normal",))
+    plain = attention_cases(dtype, ages=NEAR, contents=("normal",))
     return st.builds(scale, plain, *(st.sampled_from(exponents) for exponents in (values, upstream, queries)))
 
 
@@ -152,13 +154,19 @@ BEYOND: list[Sizes] = [
 
 
 @check("attention.sizes", clauses=["OUTPUT", "LOGIT"], needs=FORWARD, cost=4,
-       cases=of_each_size(BEYOND, contents=("normal",)))  # fmt: skip
+       cases=of_each_size(BEYOND, ages=NEAR, contents=("normal",)))  # fmt: skip
 def output_of_sizes(probe: Probe, case: AttentionCase) -> None:
     """Sizes beyond what kernels are often made for, one axis or two at a time."""
     _compare_output(probe, case)
 
 
-@check("gradient.sizes", clauses=["GRAD"], needs=BACKWARD, cost=4, cases=of_each_size(BEYOND, contents=("normal",)))
+@check(
+    "gradient.sizes",
+    clauses=["GRAD"],
+    needs=BACKWARD,
+    cost=4,
+    cases=of_each_size(BEYOND, ages=NEAR, contents=("normal",)),
+)
 def gradients_of_sizes(probe: Probe, case: AttentionCase) -> None:
     """Sizes beyond what kernels are often made for, one axis or two at a time."""
     _compare_gradients(probe, case)

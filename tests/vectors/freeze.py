@@ -33,7 +33,10 @@ HERE = Path(__file__).resolve().parents[2] / "conformance" / "vectors"
 LARGEST = {"frozen": 600, "frozen_programs": 2500}
 """Size of a case, see `size_of`."""
 DTYPES = {"float32": 100, "float16": 20, "float64": 20}
-AREAS = {"frozen": ("mask", "weights", "gradients"), "frozen_programs": ("memory", "streams", "models", "training")}
+AREAS = {
+    "frozen": ("mask", "weights", "gradients", "reach"),
+    "frozen_programs": ("memory", "streams", "models", "training", "kept"),
+}
 LARGE = {"memory.long": 30_000, "memory.state_machine": 6000}
 """Of these checks: their cases are as large as they have to be."""
 
