@@ -11,8 +11,9 @@ from refspan.conformance.external.patience import Patience
 from refspan.conformance.external.worker import command, packed, unpacked
 from refspan.conformance.facts import dtypes_of, facts_of
 from refspan.conformance.guard import Hung, Shapes, calls_at_once, guarded_call
-from refspan.conformance.programs import Program, run_program, run_programs_at_once
+from refspan.conformance.programs import Program
 from refspan.conformance.replies import Question, Reply, answers_in, reply_of
+from refspan.conformance.running import run_program, run_programs_at_once
 from refspan.errors import SetupError
 
 
@@ -31,10 +32,10 @@ class Session(Protocol):
         """As `calls_at_once`, and `Hung` if no answer comes."""
 
     def run_program(self, program: Program) -> list[Any]:
-        """As `refspan.conformance.programs.run_program`, and `Hung` if no answer comes."""
+        """As `refspan.conformance.running.run_program`, and `Hung` if no answer comes."""
 
     def run_programs_at_once(self, programs: Sequence[Program]) -> list[list[Any]]:
-        """As `refspan.conformance.programs.run_programs_at_once`, and `Hung` if no answer comes."""
+        """As `refspan.conformance.running.run_programs_at_once`, and `Hung` if no answer comes."""
 
     def close(self) -> None:
         """Free what the backend holds."""

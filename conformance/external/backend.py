@@ -25,8 +25,9 @@ from refspan.conformance.guard import (
     one_line,
     shown,
 )
-from refspan.conformance.programs import Program, run_program
+from refspan.conformance.programs import Program
 from refspan.conformance.protocol import OPERATIONS, Array
+from refspan.conformance.running import run_program
 from refspan.errors import SetupError
 
 START_SECONDS = 120.0

@@ -13,9 +13,10 @@ import refspan
 from refspan.conformance.guard import Misbehaviour, one_line
 from refspan.conformance.loading import load_backend
 from refspan.conformance.mutants import MUTANTS
-from refspan.conformance.programs import Learn, Open, run_program
+from refspan.conformance.programs import Learn, Open
 from refspan.conformance.protocol import Array
 from refspan.conformance.runner import DTYPES, select
+from refspan.conformance.running import run_program
 from refspan.conformance.vectors.disk import below, check_sizes, content_of
 from refspan.conformance.vectors.folder import files_of
 from refspan.conformance.vectors.program_json import answers_by_name
