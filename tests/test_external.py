@@ -20,7 +20,7 @@ from refspan.errors import SetupError
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "conformance" / "examples"
 PYTHON = sys.executable
-THREADS = ["mask.threads", "attention.threads", "gradient.threads"]
+THREADS = [one.id for one in select() if one.id.endswith(".threads")]
 """Not offered: a command answers one request at a time."""
 MASK = len(select(["mask"])) - 1
 """Checks of this level without that of threads."""
