@@ -97,7 +97,8 @@ def test_the_example_in_c(tmp_path, dtype):
     finally:
         session.close()
     assert messages(report) == []
-    assert [result.check for result in report.results if result.status != "passed"] == THREADS
+    left = [result.check for result in report.results if result.status != "passed"]
+    assert left == ["mask.threads", "attention.threads", "gradient.threads"]
 
 
 def test_the_example_in_python():
