@@ -32,7 +32,7 @@ def failures(report):
     return {result.check: result.failure.message for result in report.results if result.failure}
 
 
-AREAS = ("mask", "weights", "gradients", "reach", "behaviour")
+AREAS = ("mask", "weights", "gradients", "limits", "behaviour")
 STEP_MUTANTS = [one.name for one in MUTANTS.values() if one.area in AREAS]
 
 

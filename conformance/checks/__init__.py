@@ -1,5 +1,5 @@
 """The checks, a module per level, and two of what concerns three. Importing this package registers them all."""
 
-from refspan.conformance.checks import attention, golden, gradient, mask, memory, model, reach, repetition, training
+from refspan.conformance.checks import attention, golden, gradient, limits, mask, memory, model, repetition, training
 
-__all__ = ["attention", "golden", "gradient", "mask", "memory", "model", "reach", "repetition", "training"]
+__all__ = ["attention", "golden", "gradient", "limits", "mask", "memory", "model", "repetition", "training"]

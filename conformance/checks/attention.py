@@ -34,27 +34,30 @@ PLAIN: dict[str, Any] = {"sizes": SEVERAL_MEMORIES, "ages": ("past", "stream"), 
 NEEDS = ["span_attention"]
 
 
-@check("attention.output", clauses=["MASK", "LOGIT", "WEIGHT", "OUTPUT"], needs=NEEDS, cases=some())
-def output(probe: Probe, case: AttentionCase) -> None:
+def compare_output(probe: Probe, case: AttentionCase) -> None:
     """The output is that of the reference."""
     (got,) = probe.attention(case)
     probe.compare("output", got, attention_bounds(case).expected_output())
+
+
+@check("attention.output", clauses=["MASK", "LOGIT", "WEIGHT", "OUTPUT"], needs=NEEDS, cases=some())
+def output(probe: Probe, case: AttentionCase) -> None:
+    """The output is that of the reference."""
+    compare_output(probe, case)
 
 
 @check("attention.position", clauses=["LOGIT"], needs=NEEDS, of_positions=True,
        cases=some(position=True, contents=("normal",)))  # fmt: skip
 def position(probe: Probe, case: AttentionCase) -> None:
     """Position scores go by distance, 1 to P, wherever a memory stands; farther memories get none."""
-    (got,) = probe.attention(case)
-    probe.compare("output", got, attention_bounds(case).expected_output())
+    compare_output(probe, case)
 
 
 @check("attention.no_positions", clauses=["LOGIT"], needs=NEEDS, of_positions=True,
        cases=some(position=True, reach=(0,), **PLAIN))  # fmt: skip
 def no_positions(probe: Probe, case: AttentionCase) -> None:
     """A position table without rows, P = 0, adds nothing."""
-    (got,) = probe.attention(case)
-    probe.compare("output", got, attention_bounds(case).expected_output())
+    compare_output(probe, case)
 
 
 def _one_survivor(dtype: np.dtype) -> st.SearchStrategy[AttentionCase]:
@@ -137,15 +140,13 @@ def faint(probe: Probe, case: AttentionCase) -> None:
 )
 def empty(probe: Probe, case: AttentionCase) -> None:
     """A query that sees no memory outputs 0: not NaN, and not the mean of all values."""
-    (got,) = probe.attention(case)
-    probe.compare("output", got, attention_bounds(case).expected_output())
+    compare_output(probe, case)
 
 
 @check("attention.large_logits", clauses=["WEIGHT"], needs=NEEDS, cases=some(contents=("large logits",)))
 def large_logits(probe: Probe, case: AttentionCase) -> None:
     """Logits of +-10000 neither overflow nor underflow, on the plateau or on the ramp."""
-    (got,) = probe.attention(case)
-    probe.compare("output", got, attention_bounds(case).expected_output())
+    compare_output(probe, case)
 
 
 def _dead(case: AttentionCase) -> np.ndarray:
@@ -166,8 +167,7 @@ def expired_logit(probe: Probe, case: AttentionCase) -> None:
     dead = _dead(case)
     huge = with_large_logits(case.query, case.key, 1e30 if case.key.dtype != np.float16 else 1e4)
     case = replace(case, key=np.where(dead[:, None, :, None], huge, case.key))
-    (got,) = probe.attention(case)
-    probe.compare("output", got, attention_bounds(case).expected_output())
+    compare_output(probe, case)
 
 
 @check(
@@ -269,8 +269,7 @@ def mask_scale(probe: Probe, case: AttentionCase) -> None:
 )
 def wide(probe: Probe, case: AttentionCase) -> None:
     """Spans and ages up to 131072 keep single steps apart, whatever the dtype of query, key and value."""
-    (got,) = probe.attention(case)
-    probe.compare("output", got, attention_bounds(case).expected_output())
+    compare_output(probe, case)
 
 
 @check(
@@ -282,8 +281,7 @@ def wide(probe: Probe, case: AttentionCase) -> None:
 )
 def tiles(probe: Probe, case: AttentionCase) -> None:
     """Sizes of a kernel's tiles and just beyond: several of them, whole ones where all is expired, and half ones."""
-    (got,) = probe.attention(case)
-    probe.compare("output", got, attention_bounds(case).expected_output())
+    compare_output(probe, case)
 
 
 @check(
@@ -295,5 +293,4 @@ def tiles(probe: Probe, case: AttentionCase) -> None:
 )
 def large(probe: Probe, case: AttentionCase) -> None:
     """Sizes that models have: hundreds of queries and memories, heads of 64 and 128 numbers, six rows."""
-    (got,) = probe.attention(case)
-    probe.compare("output", got, attention_bounds(case).expected_output())
+    compare_output(probe, case)

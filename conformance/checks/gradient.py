@@ -17,18 +17,17 @@ from refspan.conformance.tolerance import Expected, attention_bounds
 NEEDS = ["span_attention_backward"]
 
 
-def _compare(
-    probe: Probe, got: Mapping[str, Array], expected: Mapping[str, Expected], *, place: int | None = None
-) -> None:
-    for name, want in expected.items():
-        probe.compare(f"gradient of {name}", got[name], want, place=place)
+def compare_gradients(probe: Probe, case: AttentionCase) -> None:
+    """All gradients are those of the reference."""
+    (got,) = probe.gradients(case)
+    for name, expected in attention_bounds(case).expected_gradients().items():
+        probe.compare(f"gradient of {name}", got[name], expected)
 
 
 @check("gradient.values", clauses=["GRAD"], needs=NEEDS, cases=some())
 def values(probe: Probe, case: AttentionCase) -> None:
     """All gradients are those of the reference."""
-    (got,) = probe.gradients(case)
-    _compare(probe, got, attention_bounds(case).expected_gradients())
+    compare_gradients(probe, case)
 
 
 @check(
@@ -53,16 +52,14 @@ def span(probe: Probe, case: AttentionCase) -> None:
        cases=some(position=True, contents=("normal",)))  # fmt: skip
 def position(probe: Probe, case: AttentionCase) -> None:
     """Position embeddings learn from every batch row, head and query, by distance; and queries learn from them."""
-    (got,) = probe.gradients(case)
-    _compare(probe, got, attention_bounds(case).expected_gradients())
+    compare_gradients(probe, case)
 
 
 @check("gradient.no_positions", clauses=["GRAD", "LOGIT"], needs=NEEDS, of_positions=True,
        cases=some(position=True, reach=(0,), **PLAIN))  # fmt: skip
 def no_positions(probe: Probe, case: AttentionCase) -> None:
     """A position table without rows, P = 0, has a gradient without rows."""
-    (got,) = probe.gradients(case)
-    _compare(probe, got, attention_bounds(case).expected_gradients())
+    compare_gradients(probe, case)
 
 
 @check(
@@ -73,15 +70,13 @@ def no_positions(probe: Probe, case: AttentionCase) -> None:
 )
 def empty(probe: Probe, case: AttentionCase) -> None:
     """A query that sees no memory passes no gradient."""
-    (got,) = probe.gradients(case)
-    _compare(probe, got, attention_bounds(case).expected_gradients())
+    compare_gradients(probe, case)
 
 
 @check("gradient.large_logits", clauses=["GRAD", "WEIGHT"], needs=NEEDS, cases=some(contents=("large logits",)))
 def large_logits(probe: Probe, case: AttentionCase) -> None:
     """Logits of +-10000 leave all gradients finite and right."""
-    (got,) = probe.gradients(case)
-    _compare(probe, got, attention_bounds(case).expected_gradients())
+    compare_gradients(probe, case)
 
 
 @check(
@@ -230,8 +225,7 @@ def _moved(case: AttentionCase, values: Mapping[str, Array]) -> AttentionCase:
 @check("gradient.tiles", clauses=["GRAD"], needs=NEEDS, cases=of_each_size(TILE_SIZES, contents=("normal",)), cost=5)
 def tiles(probe: Probe, case: AttentionCase) -> None:
     """Sizes just beyond those of a kernel's tiles: several of them, and a last one that is not full."""
-    (got,) = probe.gradients(case)
-    _compare(probe, got, attention_bounds(case).expected_gradients())
+    compare_gradients(probe, case)
 
 
 @check(
@@ -243,5 +237,4 @@ def tiles(probe: Probe, case: AttentionCase) -> None:
 )
 def large(probe: Probe, case: AttentionCase) -> None:
     """Sizes that models have: hundreds of queries and memories, heads of 64 and 128 numbers, six rows."""
-    (got,) = probe.gradients(case)
-    _compare(probe, got, attention_bounds(case).expected_gradients())
+    compare_gradients(probe, case)

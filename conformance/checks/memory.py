@@ -1,6 +1,6 @@
 """Level memory: streams through a model whose parameters are frozen, and what they remember."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +26,10 @@ def some(**about: Any) -> Cases:
 def follow(probe: Probe, case: ModelCase) -> None:
     """Every step gives the log-probabilities of the reference, which reads each history at once and forgets nothing."""
     (answers,) = probe.programs(case.program)
+    _compare(probe, case, answers)
+
+
+def _compare(probe: Probe, case: ModelCase, answers: Sequence[Any]) -> None:
     expected = Answers(case.program)
     for i in case.steps():
         probe.compare(case.log_probs_of(i), answers[i], expected.of_step(i), place=i)
@@ -121,12 +125,9 @@ def models_alike(probe: Probe, case: ModelCase) -> None:
 def streams_at_once(probe: Probe, case: ModelCase) -> None:
     """Streams that several threads read at once, each its own, do not mix (`thread_safe = False`: not offered)."""
     names = sorted({operation.stream for operation in case.program})
-    programs = [tuple(one for one in case.program if one.stream == name) for name in names]
-    for program, answers in zip(programs, probe.programs(*programs, at_once=True), strict=True):
-        expected = Answers(program)
-        for i, operation in enumerate(program):
-            if isinstance(operation, Step):
-                probe.compare(f"log-probabilities of {operation}", answers[i], expected.of_step(i))
+    alone = [replace(case, program=tuple(one for one in case.program if one.stream == name)) for name in names]
+    for one, answers in zip(alone, probe.programs(*[one.program for one in alone], at_once=True), strict=True):
+        _compare(probe, one, answers)
 
 
 @check("memory.state_machine", clauses=["AGE", "DROP", "START"], needs=NEEDS, cost=2 * COST,

@@ -25,32 +25,33 @@ class WeightsOfTheFirstBlock(NumpyBackend):
         return losses, grads, (after, params)
 
 
-def _kind(config: ModelConfig, params: Parameters) -> Any:
-    return config, {name: (x.shape, x.dtype) for name, x in params.items()}
+class _Compiles:
+    """Keeps the parameters of the last model, for all that look like it."""
+
+    last: Any = None
+
+    def compiled(self, config: ModelConfig, params: Parameters) -> Parameters:
+        kind = config, {name: (x.shape, x.dtype) for name, x in params.items()}
+        if self.last is None or self.last[0] != kind:
+            self.last = kind, {name: x.copy() for name, x in params.items()}
+        kept: Parameters = self.last[1]
+        return kept
 
 
 @mutant("training.moved")
-class TrainsTheWeightsOfTheLastModel(NumpyBackend):
+class TrainsTheWeightsOfTheLastModel(_Compiles, NumpyBackend):
     """What was compiled for a model is used as long as configuration and shapes are the same, parameters and all."""
 
-    last: Any = None
-
     def loss_and_gradients(self, config: ModelConfig, params: Any, *arguments: Any, **options: Any) -> Any:
-        if self.last is None or self.last[0] != _kind(config, params):
-            self.last = _kind(config, params), {name: x.copy() for name, x in params.items()}
-        return super().loss_and_gradients(config, self.last[1], *arguments, **options)
+        return super().loss_and_gradients(config, self.compiled(config, params), *arguments, **options)
 
 
 @mutant("memory.models_alike")
-class OpensTheLastModel(Plain):
+class OpensTheLastModel(_Compiles, Plain):
     """What was compiled for a model is used as long as configuration and shapes are the same, parameters and all."""
 
-    last: Any = None
-
     def open_model(self, config: ModelConfig, params: Parameters, *, batch: int, memory: Initial = None) -> PlainStream:
-        if self.last is None or self.last[0] != _kind(config, params):
-            self.last = _kind(config, params), {name: x.copy() for name, x in params.items()}
-        return super().open_model(config, self.last[1], batch=batch, memory=memory)
+        return super().open_model(config, self.compiled(config, params), batch=batch, memory=memory)
 
 
 class _Buffers:

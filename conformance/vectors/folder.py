@@ -40,16 +40,17 @@ def write_folder(path: Path, vectors: Sequence[AnyVector]) -> None:
     """Write vectors into a folder, which is made if need be; cases that are there already stay.
 
     What has been written is removed if not all can be, or Ctrl-C comes. A process that is killed leaves a folder that
-    can be added to: its manifest comes first, and again at the end.
+    can be added to: a new one gets its manifest first, and again at the end.
 
     Raises:
         SetupError: the folder holds something else or a link, or cannot be written.
     """
     entries = entries_to_add_to(path)  # and no link is on the way of what is written below
-    new = [path for path in (path, path / MANIFEST) if not path.exists()]
+    new = [one for one in (path, path / MANIFEST) if not one.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)
-        _write_manifest(path, entries)
+        if path / MANIFEST in new:
+            _write_manifest(path, entries)
         for vector in vectors:
             contents = dict(files_of(vector))
             if not (path / vector.id).exists():

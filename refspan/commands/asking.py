@@ -42,13 +42,12 @@ class Interruptible:
             raise
 
 
-def ask_and_print(
-    run: Any, session: Any, checks: Any, report: Any, stop: Interrupts, *, examples: int, **options: Any
-) -> None:
+def ask_and_print(session: Any, checks: Any, report: Any, stop: Interrupts, *, examples: int, **options: Any) -> None:
     """Print a line per check as it finishes; on a terminal a bar shows the one at work."""
     from tqdm import tqdm
 
     from refspan.conformance.report import escaped
+    from refspan.conformance.runner import run
 
     # disable=None: no bar where stderr is no terminal
     with tqdm(total=examples * len(checks), disable=None, leave=False, unit="ex", dynamic_ncols=True) as bar:

@@ -112,7 +112,7 @@ def command(
         sys.stdout.reconfigure(errors="backslashreplace")  # backends have names that a terminal may not know
     from refspan.conformance.expected import read_expected
     from refspan.conformance.report import Report, escaped
-    from refspan.conformance.runner import DTYPES, facts_of_run, run, select
+    from refspan.conformance.runner import DTYPES, facts_of_run, select
     from refspan.conformance.vectors.folder import write_folder
     from refspan.conformance.vectors.reading import read_folder
     from refspan.conformance.vectors.replay import checks_of
@@ -161,7 +161,7 @@ def command(
             for line in report.header():
                 click.echo(line)
             click.echo()
-            ask_and_print(run, Interruptible(session, stop), checks, report, stop, examples=examples, **options)
+            ask_and_print(Interruptible(session, stop), checks, report, stop, examples=examples, **options)
         except KeyboardInterrupt:
             pass
         except Exception as error:  # noqa: BLE001 - raised again below, when what was found until then is written

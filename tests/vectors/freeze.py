@@ -34,7 +34,7 @@ LARGEST = {"frozen": 600, "frozen_programs": 2500}
 """Size of a case, see `size_of`."""
 DTYPES = {"float32": 100, "float16": 20, "float64": 20}
 AREAS = {
-    "frozen": ("mask", "weights", "gradients", "reach"),
+    "frozen": ("mask", "weights", "gradients", "limits"),
     "frozen_programs": ("memory", "streams", "models", "training", "kept"),
 }
 LARGE = {"memory.long": 30_000, "memory.state_machine": 6000}

@@ -8,7 +8,7 @@ from refspan.conformance.mutants.dense import Array, Dense
 from refspan.conformance.mutants.registry import mutant
 
 
-@mutant("attention.magnitudes", seen_in="attention kernels with half-precision intermediates")
+@mutant("attention.magnitudes")
 class ValuesSaturate(Dense):
     """Values beyond what half precision holds saturate."""
 
@@ -24,7 +24,7 @@ class SmallValuesAreFlushed(Dense):
         return super().output(a, np.where(np.abs(v) < 6e-8, 0, v))
 
 
-@mutant("gradient.magnitudes", seen_in="training in half precision without a loss scale")
+@mutant("gradient.magnitudes")
 class SmallGradientsAreFlushed(Dense):
     """Upstream gradients below the normal numbers of half precision become 0."""
 
@@ -59,11 +59,15 @@ class EmptySlotsWrap(Dense):
         return super().distance(np.where(age < -4096, 1, age), queries)
 
 
-@mutant("attention.few_left", "gradient.few_left", seen_in="block-sparse kernels that need sorted memories")
-class TilesJudgedByTheirLast(Dense):
-    """A tile of 128 memories is left out if its last one, taken for the newest, is expired at its largest span."""
+class _AttentionAlone(Dense):
+    """Without masks to be asked for: those of one kernel say nothing of another's."""
 
     soft_mask = None  # type: ignore[assignment]
+
+
+@mutant("attention.few_left", "gradient.few_left")
+class TilesJudgedByTheirLast(_AttentionAlone):
+    """A tile of 128 memories is left out if its last one, taken for the newest, is expired at its largest span."""
 
     def mask(self, span: Array, age: Array, queries: int, ramp: float) -> Array:
         mask = super().mask(span, age, queries, ramp).copy()
@@ -75,12 +79,8 @@ class TilesJudgedByTheirLast(Dense):
         return mask
 
 
-class _OfLimitedSize(Dense):
-    soft_mask = None  # type: ignore[assignment]
-
-
 @mutant("attention.sizes", "gradient.sizes")
-class SecondTileOfBothIsLost(_OfLimitedSize):
+class SecondTileOfBothIsLost(_AttentionAlone):
     """Of tiles of 128 queries and 128 memories, those that are not first in either are left out."""
 
     def mask(self, span: Array, age: Array, queries: int, ramp: float) -> Array:
@@ -90,7 +90,7 @@ class SecondTileOfBothIsLost(_OfLimitedSize):
 
 
 @mutant("gradient.sizes")
-class SpanLearnsFromTheFirstTiles(_OfLimitedSize):
+class SpanLearnsFromTheFirstTiles(_AttentionAlone):
     """Spans learn nothing from tiles of 128 queries and 128 memories that are not first in either."""
 
     def sum_over_ramp(self, grad_mask: Array, mask: Array, ramp: float) -> Array:
@@ -99,8 +99,8 @@ class SpanLearnsFromTheFirstTiles(_OfLimitedSize):
         return super().sum_over_ramp(grad_mask, mask, ramp)
 
 
-@mutant("attention.sizes", seen_in="attention kernels for heads of up to 128 numbers")
-class HeadsOf128(_OfLimitedSize):
+@mutant("attention.sizes")
+class HeadsOf128(_AttentionAlone):
     """Numbers of a head beyond the first 128 take no part in logits."""
 
     def logits(self, query: Array, key: Array, position: Array | None, age: Array) -> Array:
@@ -109,7 +109,7 @@ class HeadsOf128(_OfLimitedSize):
 
 
 @mutant("attention.sizes", "gradient.sizes")
-class SpansOfEightRows(_OfLimitedSize):
+class SpansOfEightRows(_AttentionAlone):
     """Rows of the batch beyond the eighth have the spans of the first."""
 
     def mask(self, span: Array, age: Array, queries: int, ramp: float) -> Array:
@@ -119,7 +119,7 @@ class SpansOfEightRows(_OfLimitedSize):
 
 
 @mutant("attention.sizes")
-class QueriesBeyond512(_OfLimitedSize):
+class QueriesBeyond512(_AttentionAlone):
     """Queries beyond the 512th see the masks of that one."""
 
     def distance(self, age: Array, queries: int) -> Array:
@@ -127,7 +127,7 @@ class QueriesBeyond512(_OfLimitedSize):
 
 
 @mutant("attention.sizes")
-class MemoriesBeyond4096(_OfLimitedSize):
+class MemoriesBeyond4096(_AttentionAlone):
     """Memories beyond the 4096th are left out."""
 
     def mask(self, span: Array, age: Array, queries: int, ramp: float) -> Array:

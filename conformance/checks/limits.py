@@ -10,26 +10,16 @@ from hypothesis import strategies as st
 
 from refspan.conformance.cases import AttentionCase, Memories
 from refspan.conformance.checks import mask
-from refspan.conformance.checks.attention import SEVERAL_MEMORIES
+from refspan.conformance.checks.attention import SEVERAL_MEMORIES, compare_output
+from refspan.conformance.checks.gradient import compare_gradients
 from refspan.conformance.protocol import Array
 from refspan.conformance.registry import Probe, check
 from refspan.conformance.strategies import AGES, Sizes, attention_cases, of_each_size
-from refspan.conformance.tolerance import attention_bounds, expected_mask
+from refspan.conformance.tolerance import expected_mask
 
 NEAR = tuple(layout for layout in AGES if layout != "beyond")
 """Ages below 2^31: those above have checks of their own."""
 FORWARD, BACKWARD = ["span_attention"], ["span_attention_backward"]
-
-
-def _compare_output(probe: Probe, case: AttentionCase) -> None:
-    (got,) = probe.attention(case)
-    probe.compare("output", got, attention_bounds(case).expected_output())
-
-
-def _compare_gradients(probe: Probe, case: AttentionCase) -> None:
-    (got,) = probe.gradients(case)
-    for name, expected in attention_bounds(case).expected_gradients().items():
-        probe.compare(f"gradient of {name}", got[name], expected)
 
 
 def _of_magnitudes(dtype: np.dtype) -> st.SearchStrategy[AttentionCase]:
@@ -43,15 +33,15 @@ def _of_magnitudes(dtype: np.dtype) -> st.SearchStrategy[AttentionCase]:
     queries = (0, 4, -4) if half else (0, 20, -20)
 
     def scale(case: AttentionCase, of_value: int, of_grad: int, of_query: int) -> AttentionCase:
-        one = dtype.type(2)
+        two = dtype.type(2)
         return replace(
             case.with_memories(notes=(*case.memories.notes, f"values times 2^{of_value}, upstream gradients times "
                                       f"2^{of_grad}, queries times 2^{of_query}, keys divided by as much")),
-            value=case.value * one**of_value,
-            grad_out=case.grad_out * one**of_grad,
-            query=case.query * one**of_query,
-            key=case.key * one**-of_query,
-            position=None if case.position is None else case.position * one**-of_query,
+            value=case.value * two**of_value,
+            grad_out=case.grad_out * two**of_grad,
+            query=case.query * two**of_query,
+            key=case.key * two**-of_query,
+            position=None if case.position is None else case.position * two**-of_query,
         )  # fmt: skip
 
     plain = attention_cases(dtype, ages=NEAR, contents=("normal",))
@@ -61,13 +51,13 @@ def _of_magnitudes(dtype: np.dtype) -> st.SearchStrategy[AttentionCase]:
 @check("attention.magnitudes", clauses=["OUTPUT", "LOGIT"], needs=FORWARD, cases=_of_magnitudes)
 def output_of_magnitudes(probe: Probe, case: AttentionCase) -> None:
     """Large and small values, queries and keys: nothing is clipped, flushed, or narrower than the dtype."""
-    _compare_output(probe, case)
+    compare_output(probe, case)
 
 
 @check("gradient.magnitudes", clauses=["GRAD"], needs=BACKWARD, cases=_of_magnitudes)
 def gradients_of_magnitudes(probe: Probe, case: AttentionCase) -> None:
     """Upstream gradients as small as a mean over many tokens makes them, and as large as a loss scale does."""
-    _compare_gradients(probe, case)
+    compare_gradients(probe, case)
 
 
 def _emptied(age: Array, queries: int, seed: int) -> Array:
@@ -104,13 +94,13 @@ def masks_of_empty_slots(probe: Probe, asked: Memories) -> None:
 @check("attention.empty_slots", clauses=["PAST", "WIDTH"], needs=FORWARD, cases=_with_empty_slots)
 def output_beside_empty_slots(probe: Probe, case: AttentionCase) -> None:
     """A slot whose age no query reaches, -2^62 or another, has no part in the output."""
-    _compare_output(probe, case)
+    compare_output(probe, case)
 
 
 @check("gradient.empty_slots", clauses=["PAST", "GRAD"], needs=BACKWARD, cases=_with_empty_slots)
 def gradients_beside_empty_slots(probe: Probe, case: AttentionCase) -> None:
     """A slot whose age no query reaches, -2^62 or another, gets no gradient and has no part in others."""
-    _compare_gradients(probe, case)
+    compare_gradients(probe, case)
 
 
 def _few_left(dtype: np.dtype) -> st.SearchStrategy[AttentionCase]:
@@ -136,13 +126,13 @@ def _few_left(dtype: np.dtype) -> st.SearchStrategy[AttentionCase]:
 @check("attention.few_left", clauses=["DROP", "OUTPUT"], needs=FORWARD, cases=_few_left, cost=2)
 def output_of_few(probe: Probe, case: AttentionCase) -> None:
     """A memory that lives among many that do not, in any order, is seen: no tile is judged by its ends."""
-    _compare_output(probe, case)
+    compare_output(probe, case)
 
 
 @check("gradient.few_left", clauses=["DROP", "GRAD"], needs=BACKWARD, cases=_few_left, cost=2)
 def gradients_of_few(probe: Probe, case: AttentionCase) -> None:
     """A memory that lives among many that do not, in any order, learns: no tile is judged by its ends."""
-    _compare_gradients(probe, case)
+    compare_gradients(probe, case)
 
 
 BEYOND: list[Sizes] = [
@@ -157,7 +147,7 @@ BEYOND: list[Sizes] = [
        cases=of_each_size(BEYOND, ages=NEAR, contents=("normal",)))  # fmt: skip
 def output_of_sizes(probe: Probe, case: AttentionCase) -> None:
     """Sizes beyond what kernels are often made for, one axis or two at a time."""
-    _compare_output(probe, case)
+    compare_output(probe, case)
 
 
 @check(
@@ -169,4 +159,4 @@ def output_of_sizes(probe: Probe, case: AttentionCase) -> None:
 )
 def gradients_of_sizes(probe: Probe, case: AttentionCase) -> None:
     """Sizes beyond what kernels are often made for, one axis or two at a time."""
-    _compare_gradients(probe, case)
+    compare_gradients(probe, case)
