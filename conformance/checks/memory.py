@@ -1,6 +1,6 @@
 """Level memory: streams through a model whose parameters are frozen, and what they remember."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,7 +29,7 @@ def follow(probe: Probe, case: ModelCase) -> None:
     _compare(probe, case, answers)
 
 
-def _compare(probe: Probe, case: ModelCase, answers: Sequence[Any]) -> None:
+def _compare(probe: Probe, case: ModelCase, answers: Sequence[Any] | Mapping[int, Any]) -> None:
     expected = Answers(case.program)
     for i in case.steps():
         probe.compare(case.log_probs_of(i), answers[i], expected.of_step(i), place=i)
@@ -124,10 +124,14 @@ def models_alike(probe: Probe, case: ModelCase) -> None:
 @check("memory.threads", clauses=["START"], needs=NEEDS, cost=2 * COST, cases=some(streams=2, rows=(2, 1)))
 def streams_at_once(probe: Probe, case: ModelCase) -> None:
     """Streams that several threads read at once, each its own, do not mix (`thread_safe = False`: not offered)."""
-    names = sorted({operation.stream for operation in case.program})
-    alone = [replace(case, program=tuple(one for one in case.program if one.stream == name)) for name in names]
-    for one, answers in zip(alone, probe.programs(*[one.program for one in alone], at_once=True), strict=True):
-        _compare(probe, one, answers)
+    by_stream: dict[str, dict[int, Operation]] = {}
+    for i, operation in enumerate(case.program):
+        by_stream.setdefault(operation.stream, {})[i] = operation
+    programs = [tuple(operations.values()) for operations in by_stream.values()]
+    answers: dict[int, Any] = {}
+    for operations, of_one in zip(by_stream.values(), probe.programs(*programs, at_once=True), strict=True):
+        answers |= zip(operations, of_one, strict=True)
+    _compare(probe, case, answers)
 
 
 @check("memory.state_machine", clauses=["AGE", "DROP", "START"], needs=NEEDS, cost=2 * COST,
