@@ -241,6 +241,22 @@ class WideModelsInTiles(Plain):
 
 
 @mutant("memory.large")
+class FeedForwardOf64(Plain):
+    """Numbers of a hidden state beyond the 64th do not reach the feed-forward part."""
+
+    def feedforward(self, p: Layer, y: Array) -> Array:
+        return super().feedforward(p, np.where(np.arange(len(y)) < 64, y, 0).astype(y.dtype))
+
+
+@mutant("memory.large")
+class PositionsOfFourHeads(Plain):
+    """Heads beyond the fourth score positions with the first one's query."""
+
+    def position_scores(self, q: Array, table: Array, age: Array) -> Array:
+        return super().position_scores(np.concatenate([q[:4], q[:1].repeat(max(0, len(q) - 4), axis=0)]), table, age)
+
+
+@mutant("memory.large")
 class TokensInBytes(Plain):
     """Token ids are kept in 8 bits."""
 
