@@ -14,19 +14,10 @@ settings.load_profile("default")
 
 
 def pytest_generate_tests(metafunc):
-    """Tests of whole conformance runs take a `seed`: a few by default, 20 under the profile "deep"."""
+    """Tests of whole conformance runs take a `seed_of_run`: 0, under the profile "deep" 20 of them."""
     if "seed_of_run" in metafunc.fixturenames:
         deep = metafunc.config.getoption("--hypothesis-profile") == "deep"
-        metafunc.parametrize("seed_of_run", range(20 if deep else 2))
-
-
-@pytest.fixture
-def checks_of_run(request, seed_of_run):
-    """Checks of these runs: all with the first seed and under the profile "deep", else those of small cases."""
-    from refspan.conformance.runner import select
-
-    every = seed_of_run == 0 or request.config.getoption("--hypothesis-profile") == "deep"
-    return [check.id for check in select() if every or not check.id.endswith((".large", ".long", ".tiles"))]
+        metafunc.parametrize("seed_of_run", range(20 if deep else 1))
 
 
 @pytest.fixture

@@ -70,29 +70,28 @@ def test_right_backends_are_accepted(backend, dtype, seed_of_run, examples_of_ru
     assert failures(report) == {}
 
 
-def test_plain_python_is_accepted(seed_of_run, examples_of_run, checks_of_run):
-    about = {"checks": checks_of_run, "seed": seed_of_run, "examples": examples_of_run}
-    report = check_backend(loops.Loops(), timeout=60, **about)
+def test_plain_python_is_accepted(seed_of_run, examples_of_run):
+    report = check_backend(loops.Loops(), timeout=60, seed=seed_of_run, examples=examples_of_run)
     assert failures(report) == {}
     assert report.conforms
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_autograd_is_accepted(dtype, seed_of_run, examples_of_run, checks_of_run):
+def test_autograd_is_accepted(dtype, seed_of_run, examples_of_run):
     pytest.importorskip("torch")
     from torch_backend import TorchBackend
 
-    about = {"checks": checks_of_run, "seed": seed_of_run, "examples": examples_of_run}
-    assert failures(check_backend(TorchBackend(), dtype=dtype, **about)) == {}
+    report = check_backend(TorchBackend(), dtype=dtype, seed=seed_of_run, examples=examples_of_run)
+    assert failures(report) == {}
 
 
 @pytest.mark.parametrize(
     ("form", "dtype"), [("fused", "float16"), ("fused", "float32"), *(("portable", d) for d in DTYPES)]
 )
-def test_onnxruntime_is_accepted(form, dtype, seed_of_run, examples_of_run, checks_of_run):
+def test_onnxruntime_is_accepted(form, dtype, seed_of_run, examples_of_run):
     backend = load_backend("onnxruntime", form=form)
-    about = {"checks": checks_of_run, "seed": seed_of_run, "examples": examples_of_run}
-    assert failures(check_backend(backend, dtype=dtype, **about)) == {}
+    report = check_backend(backend, dtype=dtype, seed=seed_of_run, examples=examples_of_run)
+    assert failures(report) == {}
 
 
 def test_every_check_says_what_it_checks():
@@ -121,7 +120,7 @@ def test_runs_are_deterministic_and_differ_by_seed():
 def test_a_check_draws_the_same_cases_whichever_others_run():
     make = MUTANTS["HardMask"].make
     alone = failures(check_backend(make(), checks=("attention.output",)))
-    among = failures(check_backend(make(), levels=("mask", "attention")))
+    among = failures(check_backend(make(), checks=("mask.values", "attention.weights", "attention.output")))
     assert alone["attention.output"] == among["attention.output"]
 
 
