@@ -8,7 +8,6 @@ that slows down does so for all of them; medians are compared.
 
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import time
 from pathlib import Path
 
 import click
+from made_with import made_with
 
 from refspan.files import write_whole
 
@@ -47,7 +47,8 @@ def main(backend, examples, repeat, self_test, out):
         for count in examples:
             runs[count].append(timed("--backend", backend, "--examples", str(count)))
             print(f"{count} examples: {runs[count][-1][0]:.1f} s", flush=True)
-    record = {"backend": backend, "cores": os.cpu_count(), "python": platform.python_version(), "examples": {}}
+    about = made_with("refspan", "numpy", "hypothesis", "onnx", "onnxruntime")
+    record = {**about, "backend": backend, "cores": os.cpu_count(), "examples": {}}
     for count, found in runs.items():
         seconds = statistics.median(one[0] for one in found)
         share = statistics.median(one[1] / one[0] for one in found)

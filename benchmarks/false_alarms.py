@@ -8,14 +8,10 @@ grows seed by seed: what is in it is not done again, so a run may be stopped and
 its seed and example, and the versions of all that took part in it.
 """
 
-import datetime as dt
-import importlib.metadata
 import json
 import multiprocessing
 import os
-import platform
 import signal
-import subprocess
 import sys
 import time
 import warnings
@@ -29,6 +25,8 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from made_with import made_with  # noqa: E402
+
 from refspan.conformance.drawing import drawn  # noqa: E402
 from refspan.conformance.guard import Misbehaviour, NotOffered  # noqa: E402
 from refspan.conformance.loading import load_backend  # noqa: E402
@@ -40,22 +38,10 @@ from refspan.conformance.sessions import InProcess  # noqa: E402
 from refspan.files import write_whole  # noqa: E402
 
 PER_SEED = 500
+VERSIONS_OF = ("refspan", "numpy", "hypothesis", "onnx", "onnxruntime", "torch")
 LOOPS = "plain Python"
 SLOW = (LOOPS, "ClipsNegativeSpans", "LearnsAtTheKinks")
 """Asked checks of cost 1 only. The last two differ from Dense at kinks alone, which are among those."""
-
-
-def run_with():
-    """When a run was started, with which versions of what."""
-    names = ("refspan", "numpy", "hypothesis", "onnx", "onnxruntime", "torch")
-    found = {dist.metadata["Name"]: dist.version for dist in importlib.metadata.distributions()}
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    return {
-        "started": dt.datetime.now(dt.UTC).strftime("%Y-%m-%d"),
-        "commit": commit.stdout.strip(),
-        "python": platform.python_version(),
-        "versions": {name: found[name] for name in names if name in found},
-    }
 
 
 def backends():
@@ -114,7 +100,9 @@ def main(out, examples, levels, ids, dtypes, processes, minutes):
     """Put many cases of each check to right backends, and record what is rejected."""
     os.environ["OMP_NUM_THREADS"] = "1"
     record = json.loads(out.read_text()) if out.exists() else {"per_seed": PER_SEED, "checks": {}}
-    if (this := run_with()) not in record.setdefault("runs", []):
+    if record.get("per_seed") != PER_SEED:
+        raise click.UsageError(f"{out} is not a record of this script, with {PER_SEED} cases a seed: name another file")
+    if (this := made_with(*VERSIONS_OF)) not in record.setdefault("runs", []):
         record["runs"].append(this)
     checks = [check.id for check in select(levels, ids) if check.level != "golden"]
     asked = [(check, dtype, seed) for seed in range(-(-examples // PER_SEED)) for dtype in dtypes for check in checks]
