@@ -2,6 +2,7 @@
 
     pip install cosmic-ray
     python tests/mutation/run.py [MODULE ..] [--json FILE] [--again FILE]
+    python tests/mutation/run.py --check ID [--check ID ..]   # do new checks reject what survived so far?
 
 cosmic-ray makes the mutants: it replaces operators, comparisons, numbers, booleans. Left out are changes to argument
 checks, which conformance does not ask about, and to annotations. Survivors are compared with `survivors.toml`, where
@@ -109,13 +110,13 @@ def what_runs(source):
     return ast.dump(Strip().visit(tree))
 
 
-def all_cases():
-    """(check, its cases) of every check, those that kill most and cost least first."""
+def all_cases(ids):
+    """(check, its cases) of the checks, all if none is named, those that kill most and cost least first."""
     from refspan.conformance.drawing import drawn
     from refspan.conformance.runner import select
 
     cheap = ("gradient.values", "attention.position", "training.gradients", "memory.state_machine", "model.pre_norm")
-    checks = sorted(select(), key=lambda check: (check.id not in cheap, check.cost, check.id))
+    checks = sorted(select(ids=ids), key=lambda check: (check.id not in cheap, check.cost, check.id))
     return [(check, drawn(check, np.dtype(np.float32), 0, 100)) for check in checks]
 
 
@@ -156,7 +157,7 @@ def apart(function, patience):
     return ["nothing", "it crashed" if ready else f"it did not end within {patience:g} s"]
 
 
-def work(tasks, results):
+def work(tasks, results, ids):
     """In a process: try mutants until there are no more."""
     from refspan.conformance.backends.reference import SmallTiles
     from refspan.conformance.memo import remembering
@@ -167,7 +168,7 @@ def work(tasks, results):
     import warnings
 
     warnings.simplefilter("ignore")
-    asked = all_cases()
+    asked = all_cases(ids)
     with remembering():
         assert killer_of(RIGHT["numpy"](), asked) is None
         while (task := tasks.get()) is not None:
@@ -193,23 +194,34 @@ def work(tasks, results):
 @click.argument("modules", nargs=-1, type=click.Choice(MODULES))
 @click.option("--json", "path", type=click.Path(path_type=Path), help="Write all mutants and what became of them.")
 @click.option("--again", type=click.Path(path_type=Path, exists=True), help="Only what survives in this record.")
+@click.option("--check", "ids", multiple=True, help="Try these alone, on the mutants of survivors.toml alone.")
 @click.option("--processes", default=os.cpu_count(), show_default=True)
-def main(modules, path, again, processes):
+def main(modules, path, again, ids, processes):
     """Mutate the reference, and try the conformance suite on the mutants."""
+    from refspan.conformance.runner import select
+    from refspan.errors import SetupError
+
+    try:
+        select(ids=ids)
+    except SetupError as error:
+        raise click.UsageError(str(error)) from None
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("spawn")
     tasks, results = context.Queue(), context.Queue()
     count = 0
+    groups = tomllib.loads((HERE / "survivors.toml").read_text())["group"]
+    groups = [group for group in groups if group["module"] in (modules or MODULES)]
+    names = {(group["module"], *pair) for group in groups for pair in group["mutants"]}
     kept = json.loads(again.read_text()) if again else []
     rejected = {(one["module"], one["before"], one["after"]) for one in kept if one["killer"] is not None}
     for module in modules or MODULES:
         for number, before, after, source in mutants_of(module):
-            if (module, before, after) not in rejected:
+            if (module, before, after) not in rejected and (not ids or (module, before, after) in names):
                 tasks.put((module, number, before, after, source))
                 count += 1
     for _ in range(processes):
         tasks.put(None)
-        context.Process(target=work, args=(tasks, results)).start()
+        context.Process(target=work, args=(tasks, results, ids)).start()
     print(f"{count} mutants", flush=True)
     found, ended = [], 0
     while ended < processes:
@@ -220,13 +232,10 @@ def main(modules, path, again, processes):
         module, number, before, after, killer, seconds = one
         entry = {"module": module, "line": number, "before": before, "after": after, "killer": killer}
         found.append(entry | {"seconds": round(seconds, 1)})
-        if killer is None:
+        if killer is None and not ids:
             print(f"{len(found)}: {module}.py:{number} survives\n   {before}\n   {after}", flush=True)
         if path:
             path.write_text(json.dumps(found, indent=1) + "\n")
-    groups = tomllib.loads((HERE / "survivors.toml").read_text())["group"]
-    groups = [group for group in groups if group["module"] in (modules or MODULES)]
-    names = {(group["module"], *pair) for group in groups for pair in group["mutants"]}
     alive = {(one["module"], one["before"], one["after"]) for one in found if one["killer"] is None}
     for one in sorted(alive - names):
         print("not explained:", *one, sep="\n   ")
