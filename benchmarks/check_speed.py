@@ -30,8 +30,24 @@ def timed(*arguments):
             [sys.executable, "-m", "refspan", "check", *arguments, "--json", report], stdout=subprocess.DEVNULL
         )
         seconds = time.perf_counter() - start
-        results = json.loads(report.read_text())["results"] if report.exists() else []
+        results = json.loads(report.read_text()).get("results", []) if report.exists() else []
     return seconds, sum(one["backend_seconds"] for one in results), done.returncode
+
+
+def summary(found):
+    """What the record says of runs that were alike, of which `timed` returned this."""
+    return {
+        "seconds": [round(one[0], 1) for one in found],
+        "median": round(statistics.median(one[0] for one in found), 1),
+        "backend_share": round(statistics.median(one[1] / one[0] for one in found), 2),
+        "status": max(one[2] for one in found),
+    }
+
+
+def save(record, out):
+    """Write what there is, so that an interrupted run is not lost."""
+    if out:
+        write_whole(out, (json.dumps(record, indent=1) + "\n").encode())
 
 
 @click.command()
@@ -42,29 +58,23 @@ def timed(*arguments):
 @click.option("--out", type=click.Path(path_type=Path), help="Write the record to FILE.")
 def main(backend, examples, repeat, self_test, out):
     """Time `refspan check`."""
+    about = made_with("refspan", "numpy", "hypothesis", "onnx", "onnxruntime")
+    record = {**about, "backend": backend, "cores": os.cpu_count(), "examples": {}}
     runs = {count: [] for count in examples}
     for _ in range(repeat):
         for count in examples:
             runs[count].append(timed("--backend", backend, "--examples", str(count)))
             print(f"{count} examples: {runs[count][-1][0]:.1f} s", flush=True)
-    about = made_with("refspan", "numpy", "hypothesis", "onnx", "onnxruntime")
-    record = {**about, "backend": backend, "cores": os.cpu_count(), "examples": {}}
-    for count, found in runs.items():
-        seconds = statistics.median(one[0] for one in found)
-        share = statistics.median(one[1] / one[0] for one in found)
-        status = max(one[2] for one in found)
-        record["examples"][count] = {
-            "seconds": [round(one[0], 1) for one in found],
-            "backend_share": round(share, 2),
-            "status": status,
-        }
-        print(f"{count:5} examples: {seconds:6.1f} s, {share:.0%} of it the backend's own")
+            record["examples"][count] = summary(runs[count])
+            save(record, out)
+    for count, found in record["examples"].items():
+        share = found["backend_share"]
+        print(f"{count:5} examples: {found['median']:6.1f} s, {share:.0%} of it the backend's own", flush=True)
     if self_test:
         seconds, _, status = timed("--self-test")
         record["self_test"] = {"seconds": round(seconds, 1), "status": status}
+        save(record, out)
         print(f"self-test: {seconds:.1f} s, exit status {status}")
-    if out:
-        write_whole(out, (json.dumps(record, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":
