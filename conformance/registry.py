@@ -173,11 +173,12 @@ class Probe:
         self.worst = max(self.worst, float(ratio[at]))
         if ratio[at] > 1:
             where = f"[{', '.join(str(int(i)) for i in at)}]" if at else ""
+            wanted = f"expected {value[at]:.9g} +- {bound[at]:.2g}"
+            off = f"off by {error[at]:.3g}, {ratio[at]:.3g} times the bound"
+            if np.isnan(value[at]):  # see `agree`
+                wanted, off = "the answer that it should agree with nan", "neither may be nan"
             raise Misbehaviour(
-                f"{what}{where} is {wide[at]:.9g}, expected {value[at]:.9g} +- {bound[at]:.2g}"
-                f" (off by {error[at]:.3g}, {ratio[at]:.3g} times the bound)",
-                row=int(at[0]) if at else 0,
-                place=place,
+                f"{what}{where} is {wide[at]:.9g}, {wanted} ({off})", row=int(at[0]) if at else 0, place=place
             )
 
     def agree(self, what: str, got: Array, other: Array, bound: Array) -> None:

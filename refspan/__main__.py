@@ -65,6 +65,8 @@ def main() -> None:
     except click.Abort:
         click.echo("refspan: interrupted", err=True)
         status = 130
+    except SystemExit:  # what click makes of output that nobody reads any more
+        status = 128 + 13  # as a shell has it of what SIGPIPE ended
     except SetupError as error:
         click.echo(f"refspan: {error}", err=True)
         status = 2

@@ -344,7 +344,7 @@ def test_who_is_told_to_ignore_a_signal_does(monkeypatch):
 
 
 def test_a_report_that_cannot_be_written_takes_nothing_with_it(tmp_path, monkeypatch):
-    """The disk is full: what was found is printed, each of the other files is written, and the first fault is told."""
+    """The disk is full: what was found is printed, each of the other files is written, and all faults are told."""
 
     def full(path, content):
         if path.suffix in (".json", ".html"):
@@ -358,6 +358,7 @@ def test_a_report_that_cannot_be_written_takes_nothing_with_it(tmp_path, monkeyp
     result = CliRunner().invoke(cli, ["check", *words], standalone_mode=False)
     assert isinstance(result.exception, SetupError)
     assert str(result.exception) == "r.json: cannot be written: No space left on device"
+    assert "refspan: r.html: cannot be written: No space left on device\n" in result.output
     assert "\n1 of 1 passed, 0 failed, 0 not offered" in result.output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["r.svg", "r.xml"]
 
@@ -412,6 +413,18 @@ def test_progress_bar_on_a_terminal_only(tmp_path):
     os.close(leader)
     assert "mask.values" in shown
     assert b"\r" not in ran.stdout
+
+
+def test_output_that_nobody_reads_any_more(tmp_path):
+    """As under `head -1`: ended as by SIGPIPE, without a word, the report marked incomplete."""
+    words = ["--backend", "numpy", "--level", "mask", "--json", tmp_path / "r.json"]
+    command = [sys.executable, "-u", "-m", "refspan", "check", *map(str, words)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(timeout=60) == 128 + signal.SIGPIPE
+        assert process.stderr.read() == b""
+    assert json.loads((tmp_path / "r.json").read_text())["complete"] is False
 
 
 def test_from_another_folder_with_a_relative_file(tmp_path):

@@ -168,7 +168,8 @@ def test_they_are_backend_tests_of_onnx(whole):
         for i, (result, value) in enumerate(zip(results, model.graph.output, strict=True)):
             wanted = stored("output", i)
             assert (result.shape, result.dtype) == (wanted.shape, wanted.dtype)
-            bound = vector.bound[value.name.removeprefix("grad_")]
+            bound = stored("bound", i)
+            assert np.array_equal(bound, vector.bound[value.name.removeprefix("grad_")])
             with np.errstate(invalid="ignore"):
                 assert np.all((np.abs(result - wanted.astype(float)) <= 2 * bound + 1e-12) | np.isinf(bound))
 
@@ -680,6 +681,12 @@ UNSOUND_MANIFESTS = {
     "no check at all": (said(check=""), "there is no check ''"),
     "no clauses": (said(clauses=[]), "`clauses` is empty"),
     "no purpose": (said(purpose=""), "`purpose` is empty"),
+    "no tolerance": (without("tolerance"), "`tolerance` of the manifest is not what"),
+    "other tolerance": (
+        said(tolerance={"mask": {"largest_bound": 1.0, "undecided": 0}}),
+        "`tolerance` of the manifest is not what",
+    ),
+    "tolerance in words": (said(tolerance="none"), "`tolerance` of the manifest is not what"),
     "more files": (hashed("other.onnx", "0" * 64), "`files` has 'other.onnx', which is not part of a case"),
     "no hash": (hashed("model.onnx", "?"), "`files` has no SHA-256 of 'model.onnx'"),
     "short hash": (hashed("model.onnx", "0" * 63), "`files` has no SHA-256 of 'model.onnx'"),
@@ -739,7 +746,7 @@ def test_the_schema_finds_as_much(folder):
         if not jsonschema.Draft202012Validator(schema()).is_valid(manifest(folder)):
             found.add(name)
         (folder / "manifest.json").write_bytes(before)
-    beyond = {"other dtype", "no mutant", "no check", "more files", "hash of two lines", "no files"}
+    beyond = {"other dtype", "other tolerance", "no mutant", "no check", "more files", "hash of two lines", "no files"}
     assert found == set(UNSOUND_MANIFESTS) - beyond
 
 

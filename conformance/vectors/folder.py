@@ -7,7 +7,8 @@ and of one attention step
 
     ID/model.onnx                          the same as the backend tests of ONNX have it: our graph of the operation,
     ID/test_data_set_0/input_0.pb, ..      its inputs in the graph's order,
-    ID/test_data_set_0/output_0.pb, ..     and its outputs, rounded to their dtype
+    ID/test_data_set_0/output_0.pb, ..     its outputs, rounded to their dtype,
+    ID/test_data_set_0/bound_0.pb, ..      and how far each number of them may be off (float64)
 
 or, of what is asked of a whole model
 
@@ -105,7 +106,19 @@ def _json(tree: Any) -> bytes:
 
 
 def _described(vector: AnyVector) -> dict[str, Any]:
-    return {name: getattr(vector, name) for name in fields_of(vector.operation)} | {"dtype": vector.dtype}
+    fields = {name: getattr(vector, name) for name in fields_of(vector.operation)}
+    return fields | {"dtype": vector.dtype, "tolerance": tolerance_of(vector)}
+
+
+def tolerance_of(vector: AnyVector) -> dict[str, dict[str, float]]:
+    """Result -> the largest finite bound of its numbers, and how many have none: rounding decides about these."""
+    return {
+        name: {
+            "largest_bound": float(np.max(bound, initial=0, where=np.isfinite(bound))),
+            "undecided": int(np.sum(~np.isfinite(bound))),
+        }
+        for name, bound in sorted(vector.bound.items())
+    }
 
 
 def files_of(vector: AnyVector) -> Iterator[tuple[str, bytes]]:

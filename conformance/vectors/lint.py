@@ -18,7 +18,7 @@ from refspan.conformance.protocol import Array
 from refspan.conformance.runner import DTYPES, select
 from refspan.conformance.running import run_program
 from refspan.conformance.vectors.disk import below, check_sizes, content_of
-from refspan.conformance.vectors.folder import files_of
+from refspan.conformance.vectors.folder import files_of, tolerance_of
 from refspan.conformance.vectors.program_json import answers_by_name
 from refspan.conformance.vectors.program_vector import ProgramVector
 from refspan.conformance.vectors.reading import (
@@ -74,6 +74,8 @@ def _case_faults(path: Path, entry: dict[str, Any], vector: AnyVector, there: se
         yield f"{id_}: its contents have the id {vector.id}"
     if vector.dtype != entry.get("dtype"):
         yield f"{id_}: is of dtype {vector.dtype}, and the manifest says something else"
+    if entry.get("tolerance") != tolerance_of(vector):
+        yield f"{id_}: `tolerance` of the manifest is not what its bounds come to"
     wanted = dict(files_of(vector))
     for name in sorted(set(entry["files"]) - set(wanted)):
         yield f"{id_}: `files` has {name[:80]!r}, which is not part of a case"
@@ -101,7 +103,7 @@ def manifest_faults(tree: dict[str, Any]) -> Iterator[str]:
 
 
 def _entry_faults(entry: dict[str, Any], checks: set[str]) -> Iterator[str]:
-    for name in sorted(set(entry) - {"id", "dtype", "files", *fields_of(entry["operation"])}):
+    for name in sorted(set(entry) - {"id", "dtype", "files", "tolerance", *fields_of(entry["operation"])}):
         yield f"the manifest has {name[:80]!r} of it; see manifest.schema.json"
     if entry.get("dtype") not in DTYPES:
         yield f"`dtype` is none of {', '.join(DTYPES)}"

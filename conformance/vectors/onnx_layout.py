@@ -1,4 +1,4 @@
-"""A vector as the backend tests of ONNX have it: a model, its inputs, its outputs."""
+"""A vector as the backend tests of ONNX have it: a model, its inputs, its outputs; and how far these may be off."""
 
 from collections.abc import Iterator
 
@@ -29,8 +29,15 @@ def onnx_files(vector: Vector) -> Iterator[tuple[str, bytes]]:
         values |= {"ramp": np.asarray(vector.ramp, span), "queries": np.array([vector.queries], np.int64)}
         for name, result in vector.expected.items():
             like = vector.inputs["span"] if name in ("mask", "span") else vector.inputs["query"]
-            values[name if name in ("mask", "output") else f"grad_{name}"] = result.astype(like.dtype)
-    for kind, described in (("input", model.graph.input), ("output", model.graph.output)):
+            values[_in_the_graph(name)] = result.astype(like.dtype)
+    bounds = {_in_the_graph(name): bound for name, bound in vector.bound.items()}
+    inputs, outputs = model.graph.input, model.graph.output
+    for kind, described, arrays in (("input", inputs, values), ("output", outputs, values), ("bound", outputs, bounds)):
         for i, value in enumerate(described):
-            tensor = onnx.numpy_helper.from_array(np.ascontiguousarray(values[value.name]), value.name)
+            tensor = onnx.numpy_helper.from_array(np.ascontiguousarray(arrays[value.name]), value.name)
             yield f"test_data_set_0/{kind}_{i}.pb", tensor.SerializeToString(deterministic=True)
+
+
+def _in_the_graph(name: str) -> str:
+    """What our graphs call a result: gradients are `grad_NAME`."""
+    return name if name in ("mask", "output") else f"grad_{name}"

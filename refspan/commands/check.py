@@ -41,8 +41,16 @@ def _not_nan(_ctx: click.Context, _param: click.Parameter, value: float) -> floa
 @click.option(
     "--dtype", default="float32", show_default=True, help="Dtype of query, key and value: float16, float32, float64."
 )
-@click.option("--level", "levels", multiple=True, metavar="LEVEL", help="Run only this level; may be repeated.")
-@click.option("--check", "ids", multiple=True, metavar="ID", help="Run only this check; may be repeated.")
+@click.option(
+    "--level",
+    "levels",
+    multiple=True,
+    metavar="LEVEL",
+    help="Run this level, and others only if asked for; may be repeated.",
+)
+@click.option(
+    "--check", "ids", multiple=True, metavar="ID", help="Run this check, and others only if asked for; may be repeated."
+)
 @click.option("--examples", type=click.IntRange(min=1), default=EXAMPLES, show_default=True, help="Cases per check.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything random.")
 @click.option(
@@ -178,6 +186,9 @@ def command(
                 click.echo(f"refspan: {fault}", err=True)
         return stop.status
     if faults:
+        for fault in faults[1:]:
+            if not isinstance(fault, BrokenPipeError):  # told by the exit status
+                click.echo(f"refspan: {fault}", err=True)
         raise faults[0]
     if not report.offered and not report.complaints:
         raise SetupError("nothing was checked: the backend offers nothing that was asked for")
