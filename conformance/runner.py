@@ -118,6 +118,11 @@ class _Attempt:
         """Before anything was wrong."""
 
     @property
+    def was_lost(self) -> bool:
+        """Whether it hung or died at last: then it was not asked the same again."""
+        return self._lost is not None
+
+    @property
     def found(self) -> Found | None:
         """The smallest failure."""
         return self._lost or self._shrunk
@@ -170,7 +175,9 @@ def _run_one(
     except Misbehaviour:
         status = "failed"
     except Flaky:
-        status, note = "failed", "; asked the same again, the backend answered differently"
+        status = "failed"
+        if not attempt.was_lost:
+            note = "; asked the same again, the backend answered differently"
     if status == "failed":
         failure = Failure(f"the check could not be finished{note}", (), replay)
         if attempt.found is not None:

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import sys
+import time
 
 import loops
 import misbehaving
@@ -340,6 +341,27 @@ class TestBrokenBackends:
         assert report.count("failed") == MASK
         said = list(failures(report).values())
         assert [("again and again" in message) for message in said] == [False, False] + [True] * (MASK - 2)
+
+    def test_answers_that_change_are_told_and_a_hang_is_no_such_answer(self):
+        """One that is wrong once; and one that is wrong once, and hangs when it is asked for a smaller case."""
+
+        class WrongOnce(Dense):
+            asked = 0
+
+            def mask(self, span, age, queries, ramp):
+                self.asked += 1
+                return super().mask(span, age, queries, ramp) + (self.asked == 1)
+
+        class WrongThenHangs(WrongOnce):
+            def mask(self, span, age, queries, ramp):
+                if self.asked:
+                    time.sleep(60)
+                return super().mask(span, age, queries, ramp)
+
+        for make, said, note in ((WrongOnce, " is 1, expected", True), (WrongThenHangs, "did not return", False)):
+            message = failures(check_backend(make(), checks=("mask.past",), timeout=1.0))["mask.past"]
+            assert said in message
+            assert message.endswith("asked the same again, the backend answered differently") is note
 
     def test_what_it_raises_is_shown_on_one_plain_line(self):
         message = failures(self.run("RaisesItsOwn"))["mask.values"]
