@@ -1,6 +1,7 @@
 """Processes of backends end: with the session, with the checker however it ends, and with all that they started."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,8 @@ import misbehaving
 import pytest
 from starting import started
 
-from refspan.conformance.external.child import RELAYED, Child
+from refspan.conformance.external.child import RELAYED, WARDEN, Child
+from refspan.conformance.guard import Hung
 from refspan.conformance.loading import session_of
 from refspan.conformance.report import Report
 from refspan.conformance.runner import run, select
@@ -173,6 +175,35 @@ def test_a_command_ends_with_its_warden(tmp_path):
         assert until(lambda: not alive(pid))
     finally:
         child.close()
+
+
+@linux
+@pytest.mark.parametrize("least_left", [2.0, 0.0], ids=["little is left", "enough is left"])
+def test_one_that_takes_the_memory_of_the_machine_is_ended(tmp_path, monkeypatch, least_left):
+    """Here a process that it started takes it, 200 MB, of which the machine is said not to have that much."""
+    total = int(re.search(r"MemTotal: +(\d+) kB", Path("/proc/meminfo").read_text())[1]) << 10
+    source = Path(WARDEN).read_text()
+    changed = source.replace("= 0.1, 0.25\n", f"= {least_left}, {150e6 / total}\n")
+    assert changed != source
+    (tmp_path / "warden.py").write_text(changed)
+    monkeypatch.setattr("refspan.conformance.external.child.WARDEN", str(tmp_path / "warden.py"))
+    takes = "import time; held = b'1' * 200_000_000; print('held', flush=True); time.sleep(60)"
+    child = Child(["sh", "-c", f'echo $$; {sys.executable} -c "{takes}" & wait'])
+    try:
+        child.begin("start", 20)
+        pid = int(child.line())
+        assert "1000" in Path(f"/proc/{pid}/oom_score_adj").read_text()
+        if least_left:
+            said = r"start: the command was ended: it held \d{3} MiB, and \d+ of the machine's \d+ MiB were left"
+            with pytest.raises(Hung, match=said):
+                child.read(1000)
+        else:
+            assert child.line() == b"held"
+            child.begin("more", 0.5)
+            with pytest.raises(Hung, match="did not answer"):
+                child.line()
+    finally:
+        child.close(seconds=0)
 
 
 @pytest.mark.parametrize("aim", ["group", "backend"])

@@ -236,13 +236,14 @@ class Child:
 
     def _ended(self) -> str:
         """Why it does not talk to us any more."""
-        try:
+        code = None
+        with suppress(subprocess.TimeoutExpired):
             code = self._process.wait(2.0)
-        except subprocess.TimeoutExpired:
-            return f"{self._what}: {self._who} closed its stdin or stdout{self._words()}"
         with suppress(BlockingIOError, ConnectionError):
-            if why := self._line.recv(1000).decode(errors="replace"):
-                return f"{self._what}: {self._who} cannot be started: {why}"
+            if why := self._line.recv(1000).decode(errors="replace"):  # see the warden
+                return f"{self._what}: {self._who} {why}"
+        if code is None:
+            return f"{self._what}: {self._who} closed its stdin or stdout{self._words()}"
         how = f"by signal {_name(-code)}" if code < 0 else f"with status {code}"
         return f"{self._what}: {self._who} ended {how}{self._words()}"
 
