@@ -39,6 +39,7 @@ from refspan.files import write_whole  # noqa: E402
 
 PER_SEED = 500
 VERSIONS_OF = ("refspan", "numpy", "hypothesis", "onnx", "onnxruntime", "torch")
+"""What takes part in a run."""
 LOOPS = "plain Python"
 SLOW = (LOOPS, "ClipsNegativeSpans", "LearnsAtTheKinks")
 """Asked checks of cost 1 only. The last two differ from Dense at kinks alone, which are among those."""

@@ -66,7 +66,7 @@ def main() -> None:
         click.echo("refspan: interrupted", err=True)
         status = 130
     except SystemExit:  # what click makes of output that nobody reads any more
-        status = 128 + 13  # as a shell has it of what SIGPIPE ended
+        status = 128 + 13  # SIGPIPE's number, which Windows has no name for
     except SetupError as error:
         click.echo(f"refspan: {error}", err=True)
         status = 2
