@@ -24,3 +24,12 @@ def pytest_generate_tests(metafunc):
 def examples_of_run(request):
     """Examples per check in these runs: those of `refspan check` under the profile "deep", else fewer."""
     return 100 if request.config.getoption("--hypothesis-profile") == "deep" else 12
+
+
+@pytest.fixture(scope="module")
+def remembered_answers():
+    """What is right is found once for all backends that are asked the same."""
+    from refspan.conformance.memo import remembering
+
+    with remembering():
+        yield

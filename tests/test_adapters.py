@@ -11,6 +11,8 @@ from refspan.conformance.adapters import ArrayBackend, jax_backend, torch_backen
 from refspan.conformance.runner import select
 from refspan.errors import SetupError
 
+pytestmark = pytest.mark.usefixtures("remembered_answers")
+
 SOME = ("mask.values", "attention.output", "attention.position", "attention.empty", "gradient.values", "gradient.empty")
 
 
@@ -120,6 +122,7 @@ def test_packages_that_are_not_there(monkeypatch, library):
         make("mine")
 
 
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")  # of JAX, if it is here too: OpenVINO's telemetry forks
 class TestGraphsElsewhere:
     """Our graphs on runtimes other than ONNX Runtime, and anyone's graphs on it."""
 

@@ -23,6 +23,8 @@ from refspan.conformance.strategies import ALIKE, SIZES, attention_cases
 from refspan.conformance.tolerance import AttentionBounds, expected_mask, mask_interval
 from refspan.errors import SetupError
 
+pytestmark = pytest.mark.usefixtures("remembered_answers")
+
 MASK = len(select(["mask"]))
 """Checks of this level."""
 ONE_STEP = ("mask", "attention", "gradient", "golden")

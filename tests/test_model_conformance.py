@@ -10,6 +10,8 @@ from refspan.conformance.model_bounds import History, ModelBounds
 from refspan.conformance.mutants import MUTANTS
 from refspan.conformance.mutants.plain import Plain
 
+pytestmark = pytest.mark.usefixtures("remembered_answers")
+
 LEVELS = ("memory", "model")
 MODEL_MUTANTS = [one.name for one in MUTANTS.values() if one.area in ("memory", "streams", "models")]
 TRAINING_MUTANTS = [one.name for one in MUTANTS.values() if one.area == "training"]

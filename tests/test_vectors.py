@@ -42,6 +42,9 @@ alone; what a stream leaves behind shows in few programs, all of them larger tha
 EPSILON = "refspan.conformance.mutants.weights:Epsilon"
 
 
+pytestmark = pytest.mark.usefixtures("remembered_answers")
+
+
 def steps():
     """Those of one attention step."""
     return [vector for vector in frozen_vectors() if isinstance(vector, Vector)]
