@@ -21,6 +21,7 @@ Four things need more than a multiple of u.
   may lie on either side adds its whole contribution to the bound.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import frexp
@@ -57,6 +58,10 @@ class Arithmetic:
         info = np.finfo(dtype)
         tiny = info.smallest_subnormal if dtype == np.float16 else info.smallest_normal
         return cls(float(info.eps) / 2 + 2.0**-53, float(tiny), float(info.max))
+
+
+AT_ONCE = 2**14
+"""Numbers of a product over queries, memories and channels that are made at once."""
 
 
 @dataclass(frozen=True)
@@ -133,11 +138,9 @@ class AttentionBounds:
         q, k = case.query, case.key
         logits = q @ np.swapaxes(k, -1, -2) * scale
         size = np.abs(q) @ np.swapaxes(np.abs(k), -1, -2) * scale  # sum of magnitudes behind each logit
-        self.near = None
         if case.position is not None:
-            self.near = _by_distance(case)  # [B, M, N, P]
-            logits = logits + _along(self.near, q @ case.position.T) * scale
-            size = size + _along(self.near, np.abs(q) @ np.abs(case.position).T) * scale
+            logits = logits + self._at_distance(q @ case.position.T) * scale
+            size = size + self._at_distance(np.abs(q) @ np.abs(case.position).T) * scale
 
         alive = m > 0
         log_mask = np.where(alive, np.log(np.where(alive, m, 1)), 0)
@@ -163,21 +166,44 @@ class AttentionBounds:
         self.size = size
         self._output_bound(memories)
 
+    @cached_property
+    def row(self) -> Array:
+        """The position of each memory, by its distance; P if there is none.   [B, 1, M, N]."""
+        assert self.case.position is not None  # noqa: S101
+        distance, positions = self.case.memories.distance[:, None], len(self.case.position)
+        return np.where((distance >= 1) & (distance <= positions), distance - 1, positions)
+
+    def _at_distance(self, by_position: Array) -> Array:
+        """What each memory gets of [B, H, M, P]: the number at its distance, 0 beyond P.   [B, H, M, N]."""
+        padded = np.pad(by_position, ((0, 0), (0, 0), (0, 0), (0, 1)))
+        row = np.broadcast_to(self.row, (*by_position.shape[:-1], self.row.shape[-1]))
+        return np.take_along_axis(padded, row, axis=-1)
+
     def _output_bound(self, memories: int) -> None:
         """|o~ - o| <= sum_i |a~_i - a_i| |v_i - o|, or the hull of the values that may be alive."""
         u, tiny, v = self.arithmetic.u, self.arithmetic.tiny, self.wide.value
-        away = np.abs(v[:, :, None] - self.output[:, :, :, None])  # |v_i - o_t|   [B, H, M, N, D]
-        first_order = np.einsum("bhmn,bhmnd->bhmd", self.moved, away) * self.growth
+        first_order, hull, largest = (np.empty_like(self.output) for _ in range(3))
+        for t in self._some_queries():
+            away = np.abs(v[:, :, None] - self.output[t][:, :, :, None])  # |v_i - o_t|   [B, H, some M, N, D]
+            possible = self.possible[t][..., None]
+            first_order[t] = np.einsum("bhmn,bhmnd->bhmd", self.moved[t], away)
+            hull[t] = np.max(np.where(possible, away, 0), axis=3, initial=0)
+            largest[t] = np.max(np.where(possible, np.abs(v)[:, :, None], 0), axis=3, initial=0)
+        first_order = first_order * self.growth
         first_order = np.where(np.isnan(first_order), np.inf, first_order)
-        possible = self.possible[..., None]
-        hull = np.max(np.where(possible, away, 0), axis=3, initial=0)
         hull = np.maximum(hull, np.where(self.may_be_empty, np.abs(self.output), 0))
-        largest = np.max(np.where(possible, np.abs(v)[:, :, None], 0), axis=3, initial=0)
         rounding = u * (memories + 8) * (self.a @ np.abs(v)) + 4 * u * np.abs(self.output) + tiny * memories * largest
         vague = u * (memories + 8) * largest
         self.output_bound = np.where(first_order < hull, first_order + rounding, hull + vague) + np.where(
             largest > 0, tiny, 0
         )
+
+    def _some_queries(self) -> Iterator[tuple[slice, slice, slice]]:
+        """All queries, a few at a time: caches hold what [B, H, these, N, D] takes."""
+        queries = self.output.shape[2]
+        some = max(1, AT_ONCE * queries // max(1, self.a.size * self.output.shape[3]))
+        for first in range(0, queries, some):
+            yield np.s_[:, :, first : first + some]
 
     def expected_output(self) -> Expected:
         """Expected `span_attention`."""
@@ -211,20 +237,27 @@ class AttentionBounds:
         grad_s = a * gap
         grad_s_error = a_error * (gap + gap_error) + a * gap_error + 8 * u * a * gap + np.where(self.possible, tiny, 0)
 
-        keys = np.abs(k)[:, :, None]  # what each ds_ti is multiplied with for dq   [B, H, 1 | M, N, D]
-        if self.near is not None and case.position is not None:
-            keys = keys + (self.near @ np.abs(case.position))[:, None]
         per_query = grad_s_error + u * (2 * memories + 8) * grad_s
         per_key = grad_s_error + u * (2 * queries + 8) * grad_s
+        by_query = np.empty_like(q)
+        table = None if case.position is None else np.pad(np.abs(case.position), ((0, 1), (0, 0)))
+        for t in self._some_queries():
+            keys = np.abs(k)[:, :, None]  # what each ds_ti is multiplied with for dq   [B, H, 1 | some M, N, D]
+            if table is not None:
+                keys = keys + table[self.row[t]]
+            keys = np.broadcast_to(keys, (*a[t].shape, head_size))
+            by_query[t] = np.einsum("bhmn,bhmnd->bhmd", per_query[t], keys) * scale
         bounds = {
-            "query": np.einsum("bhmn,bhmnd->bhmd", per_query, np.broadcast_to(keys, (*a.shape, head_size))) * scale,
+            "query": by_query,
             "key": np.einsum("bhmn,bhmd->bhnd", per_key, np.abs(q)) * scale,
             "value": np.einsum("bhmn,bhmd->bhnd", a_error + u * (queries + 4) * a, np.abs(g)),
         }
-        if self.near is not None:
+        if case.position is not None:
             per_position = grad_s_error + u * (2 * batch * heads * queries + 8) * grad_s
-            by_position = np.moveaxis(per_position, 1, 2) @ self.near  # [B, M, H, P]
-            bounds["position"] = np.einsum("bmhp,bhmd->pd", by_position, np.abs(q), optimize=True) * scale
+            by_position = np.zeros((batch, queries, heads, len(case.position) + 1))  # [B, M, H, P + 1]
+            stream, head, query, _ = np.ix_(*map(range, a.shape))
+            np.add.at(by_position, (stream, query, head, self.row), per_position)
+            bounds["position"] = np.einsum("bmhp,bhmd->pd", by_position[..., :-1], np.abs(q), optimize=True) * scale
         freedom, bounds["span"] = self._span_freedom_and_bound(grad_a - c, gap_error)
         expected = {}
         for name, bound in bounds.items():
@@ -277,15 +310,3 @@ def _float64(case: AttentionCase) -> AttentionCase:
         position=None if case.position is None else case.position.astype(np.float64),
         grad_out=case.grad_out.astype(np.float64),
     )
-
-
-def _along(near: Array, by_position: Array) -> Array:
-    """What each memory gets of [B, H, M, P]: the number at its distance, 0 beyond P.   [B, H, M, N]."""
-    return np.moveaxis(np.moveaxis(by_position, 1, 2) @ np.swapaxes(near, -1, -2), 2, 1)
-
-
-def _by_distance(case: AttentionCase) -> Array:
-    """1 where memory i is at distance j + 1 of query m, else 0.   [B, M, N, P]."""
-    assert case.position is not None  # noqa: S101
-    distances = np.arange(1, len(case.position) + 1)
-    return np.asarray(case.memories.distance[..., None] == distances, dtype=np.float64)
