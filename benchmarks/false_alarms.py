@@ -59,7 +59,7 @@ def backends():
 
 
 def try_seed(id_, dtype, seed, names):
-    """One seed of a check: backend of these -> [cases passed, failures], both empty where it is not offered."""
+    """One seed of a check: backend of these -> [cases passed, failures]; none passed where it is not offered."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.simplefilter("ignore")
     start = time.perf_counter()
@@ -75,7 +75,7 @@ def try_seed(id_, dtype, seed, names):
                     check.body(Probe(session), case)
                     found[name][0] += 1
                 except NotOffered:
-                    found[name] = [0, []]
+                    found[name][0] = 0
                     break
                 except Misbehaviour as error:
                     found[name][1].append({"seed": seed, "example": i, "message": str(error)})
@@ -185,7 +185,9 @@ def main(out, examples, levels, ids, dtypes, processes, minutes):
             cases[key.split()[0], name] += had["passed"] + len(had["failures"])
             failures += len(had["failures"])
     offered = [count for count in cases.values() if count]
-    print(f"{sum(offered)} cases, {failures} rejected; at least {min(offered)} of each check for each backend")
+    print(
+        f"{sum(offered)} cases, {failures} rejected; at least {min(offered, default=0)} of each check for each backend"
+    )
     sys.exit(failures > 0)
 
 

@@ -60,10 +60,6 @@ class Arithmetic:
         return cls(float(info.eps) / 2 + 2.0**-53, float(tiny), float(info.max))
 
 
-AT_ONCE = 2**14
-"""Numbers of a product over queries, memories and channels that are made at once."""
-
-
 @dataclass(frozen=True)
 class MaskInterval:
     """Every value that float32-or-wider arithmetic may give the mask. All arrays are [B, M, N]."""
@@ -109,6 +105,10 @@ def expected_mask(memories: Memories) -> Expected:
     exact = (interval.low == interval.high) & ((value == 0) | (value == 1))
     bound = np.maximum(interval.high - value, value - interval.low) + np.where(exact, 0, u * value)
     return Expected(value, bound)
+
+
+AT_ONCE = 2**14
+"""Numbers of a product over queries, memories and channels that are made at once: as many as caches hold."""
 
 
 class AttentionBounds:
@@ -199,7 +199,7 @@ class AttentionBounds:
         )
 
     def _some_queries(self) -> Iterator[tuple[slice, slice, slice]]:
-        """All queries, a few at a time: caches hold what [B, H, these, N, D] takes."""
+        """All queries, a few at a time, so that [B, H, these, N, D] has some `AT_ONCE` numbers."""
         queries = self.output.shape[2]
         some = max(1, AT_ONCE * queries // max(1, self.a.size * self.output.shape[3]))
         for first in range(0, queries, some):

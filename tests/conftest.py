@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from refspan.conformance.memo import remembering
+
 sys.path.insert(0, str(Path(__file__).parent))  # the tests' own backends
 
 settings.register_profile("default", max_examples=100, deadline=None, derandomize=True, database=None)
@@ -29,7 +31,5 @@ def examples_of_run(request):
 @pytest.fixture(scope="module")
 def remembered_answers():
     """What is right is found once for all backends that are asked the same."""
-    from refspan.conformance.memo import remembering
-
     with remembering():
         yield

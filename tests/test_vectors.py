@@ -32,6 +32,8 @@ from refspan.conformance.vectors.vector import Vector
 from refspan.errors import SetupError
 from refspan.files import write_whole
 
+pytestmark = pytest.mark.usefixtures("remembered_answers")
+
 LEFT = {
     *("BiasAtMinusMaxSpan", "SpansStartAtRandom", "ProjectsAllMemoriesAgain", "CountsTheProjectionsOfOneRow"),
     *("BuffersAreHandedOnUncleared", "RestoresTheCount"),
@@ -40,9 +42,6 @@ LEFT = {
 """Wrong in what no program of a vector asks: parameters to start from, how often something is computed, threads, steps
 alone; what a stream leaves behind shows in few programs, all of them larger than a vector should be."""
 EPSILON = "refspan.conformance.mutants.weights:Epsilon"
-
-
-pytestmark = pytest.mark.usefixtures("remembered_answers")
 
 
 def steps():
