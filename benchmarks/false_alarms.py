@@ -42,6 +42,8 @@ PER_SEED = 500
 VERSIONS_OF = ("refspan", "numpy", "hypothesis", "onnx", "onnxruntime", "torch")
 """What takes part in a run."""
 LOOPS = "plain Python"
+PATIENCE = 600
+"""Seconds that a backend has for a case: it is not speed that is asked about, and other work may run beside it."""
 DEAR = ("mask.large", "attention.sizes", "gradient.sizes", "attention.tiles", "gradient.tiles", "attention.large",
         "gradient.large")  # fmt: skip
 """Of these `LOOPS` is asked a twentieth: its loops take up to four seconds over a case."""
@@ -68,7 +70,7 @@ def try_seed(id_, dtype, seed, names):
     found = {}
     with remembering(), np.errstate(all="ignore"):
         for name in names:
-            session = InProcess(backends()[name](), timeout=60)
+            session = InProcess(backends()[name](), timeout=PATIENCE)
             found[name] = [0, []]
             for i, case in enumerate(cases):
                 try:
@@ -115,9 +117,9 @@ NEW = {"seeds": "", "passed": 0, "failures": []}
 """What the record says of a backend that has not been asked."""
 
 
-def left_to_do(record, checks, dtypes, examples):
-    """`try_seed`'s arguments for all that the record lacks, those of the first seeds first."""
-    known = dtypes_of_each()
+def left_to_do(record, checks, dtypes, examples, names=()):
+    """`try_seed`'s arguments for all that the record lacks of backends `names`, or of all; the first seeds first."""
+    known = {name: of_it for name, of_it in dtypes_of_each().items() if not names or name in names}
     asked = []
     for check in checks:
         in_a_seed = max(1, PER_SEED // check.cost)
@@ -141,10 +143,11 @@ def left_to_do(record, checks, dtypes, examples):
 @click.option("--examples", default=20_000, show_default=True, help="Of each check for each backend.")
 @click.option("--level", "levels", multiple=True, type=click.Choice(LEVELS))
 @click.option("--check", "ids", multiple=True)
+@click.option("--backend", "names", multiple=True, type=click.Choice(list(backends())), help="All by default.")
 @click.option("--dtype", "dtypes", multiple=True, type=click.Choice(DTYPES), default=DTYPES, show_default=True)
 @click.option("--processes", default=os.cpu_count(), show_default=True)
 @click.option("--minutes", type=float, help="Stop after so many.")
-def main(out, examples, levels, ids, dtypes, processes, minutes):
+def main(out, examples, levels, ids, names, dtypes, processes, minutes):
     """Put many cases of each check to right backends, and record what is rejected."""
     os.environ["OMP_NUM_THREADS"] = "1"
     record = json.loads(out.read_text()) if out.exists() else {"per_seed": PER_SEED, "checks": {}}
@@ -153,7 +156,7 @@ def main(out, examples, levels, ids, dtypes, processes, minutes):
     if (this := made_with(*VERSIONS_OF)) not in record.setdefault("runs", []):
         record["runs"].append(this)
     checks = [check for check in select(levels, ids) if check.level != "golden"]
-    asked = left_to_do(record, checks, dtypes, examples)
+    asked = left_to_do(record, checks, dtypes, examples, names)
     end = time.time() + 60 * minutes if minutes else float("inf")
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context) as pool, tqdm(total=len(asked), disable=None) as bar:
