@@ -9,8 +9,7 @@ from refspan.conformance.runner import select
 from refspan.errors import SetupError
 from refspan.files import check_file
 
-ENTRY = re.compile(r"(?P<check>[^:]+):\s*(?P<reason>\S.*?)\s*,\s*(?P<link>[A-Za-z][\w+.-]*://\S+)")
-"""A reason may have commas and links in it, and a link commas."""
+LINK = re.compile(r"[A-Za-z][\w+.-]*://\S+")
 LARGEST = 1 << 20
 """Bytes of the file."""
 
@@ -40,13 +39,28 @@ def read_expected(path: Path, checks: Collection[str] | None = None) -> dict[str
         entry = line.strip()
         if not entry or entry.startswith("#"):
             continue
-        found = ENTRY.fullmatch(entry)
-        if found is None:
+        id_, _, said = entry.partition(":")
+        why = _reason_and_link(said)
+        if why is None:
             raise SetupError(f"{path}:{number}: got {entry[:200]!r}, expected `check: reason, https://..`")
-        id_ = found["check"].strip()
+        id_ = id_.strip()
         if id_ not in checks:
             raise SetupError(f"{path}:{number}: unknown check {id_[:200]!r}; {hint}")
         if id_ in known:
             raise SetupError(f"{path}:{number}: {id_} is there twice")
-        known[id_] = Known(found["reason"], found["link"])
+        known[id_] = why
     return known
+
+
+def _reason_and_link(said: str) -> Known | None:
+    """`reason, link`; a reason may have commas and links in it, and a link commas."""
+    *words, last = ["", *said.rsplit(maxsplit=1)]
+    before = words[-1].rstrip() if words else ""
+    if before.endswith(",") and LINK.fullmatch(last):
+        reason, link = before[:-1], last
+    else:
+        comma = re.search(rf",(?={LINK.pattern})", last)
+        if comma is None:
+            return None
+        reason, link = f"{before} {last[: comma.start()]}", last[comma.end() :]
+    return Known(reason.strip(), link) if reason.strip() else None

@@ -6,6 +6,7 @@ back. `guarded_call` turns all of that but the last into `Misbehaviour`; `refspa
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from operator import index
 from threading import Barrier, Thread
 from typing import Any
 
@@ -39,14 +40,11 @@ def shown(value: Any) -> str:
 
 def whole_number(value: Any) -> int | None:
     """`value` as a whole number from 0 to 2^63 - 1, if it is one."""
-    if isinstance(value, str | bytes):
-        return None
     try:
-        number = int(value)
-        alike = bool(number == value)
-    except Exception:  # noqa: BLE001 - whatever it is, it is no number
+        number = None if isinstance(value, bool) else index(value)
+    except Exception:  # noqa: BLE001 - whatever it is, it is no whole number
         return None
-    return number if alike and 0 <= number < 1 << 63 else None
+    return number if number is not None and 0 <= number < 1 << 63 else None
 
 
 class Misbehaviour(Exception):

@@ -32,6 +32,9 @@ LONGEST = (8.0, 3.0, 20.0)
 FAR = (2.0**34, 80_000.0, 6000.0, 3000.0, 256.0)
 """As LONGEST, for memories that are far older than a test has time to make them, see `_far_ages`."""
 
+CHANGES = Step | Reset | Restore
+"""What changes how much is held."""
+
 MOST_TOKENS = 40
 """Of one stream, unless more is asked for."""
 
@@ -170,7 +173,7 @@ def cases(
         memory: whether streams start with memories given; None means sometimes.
         far: whether these are as old as `_far_ages` says.
         resets: whether rows are emptied in between.
-        restores: whether states are kept, and returned to later.
+        restores: whether states are kept, two of a stream, and returned to later; in the end to the older ones of all.
         reopens: whether a stream may give way to a new one, of another model, under its name.
         sizes: whether what is held is asked after each step, reset and restore.
         projected: whether the number of projections is asked in the end.
@@ -201,7 +204,7 @@ def cases(
 
     opened = {name: open_one(name) for name in "abc"[:streams]}
     read = dict.fromkeys(opened, 0)
-    kept: set[str] = set()
+    kept: dict[str, set[str]] = {name: set() for name in opened}
     kinds = ["step", "step", "token", *["reset"] * resets, *["save", "restore"] * restores, *["open"] * reopens]
     turns = draw(st.integers(2, 9 * streams + 3 * (resets + restores + reopens)))
     while turns > 0 or min(read.values()) < least_tokens:
@@ -212,14 +215,14 @@ def cases(
         if kind == "open" and turns > 0:
             opened[name] = open_one(name)
             read[name] = 0
-            kept.discard(name)  # the state of another model
+            kept[name].clear()  # states of another model
         elif kind == "reset":
             program.append(Reset(name, draw(st.integers(0, one.batch - 1))))
         elif kind == "save":
-            program.append(Save(name, f"state_{name}"))
-            kept.add(name)
-        elif kind == "restore" and name in kept:
-            program.append(Restore(name, f"state_{name}"))
+            kept[name].add(state := draw(st.sampled_from(_states_of(name))))
+            program.append(Save(name, state))
+        elif kind == "restore" and kept[name]:
+            program.append(Restore(name, draw(st.sampled_from(sorted(kept[name])))))
         elif room > 0:
             block = one.config.block_size
             lengths = (block, block - 1, 2 * block + 1, 7, *((long_block,) if long_block else ()))
@@ -227,8 +230,10 @@ def cases(
             tokens = rng.integers(0, one.config.vocab_size, (one.batch, max(1, length)))
             program.append(Step(name, tokens))
             read[name] += tokens.shape[1]
-        if sizes and isinstance(program[-1], Step | Reset | Restore):
-            program.append(Size(name))
+    if restores:
+        program += _back_to_older_states(rng, opened)
+    if sizes:
+        program = [one for o in program for one in ((o, Size(o.stream)) if isinstance(o, CHANGES) else (o,))]
     if long_block and resets:  # where the places of one row are empty
         for name, one in opened.items():
             tokens = rng.integers(0, one.config.vocab_size, (one.batch, long_block))
@@ -236,6 +241,23 @@ def cases(
     if projected:
         program += [Projected(name) for name in opened]
     return ModelCase(tuple(program), tuple(notes))
+
+
+def _states_of(name: str) -> tuple[str, str]:
+    """Names of the states that are kept of a stream."""
+    return f"state_{name}1", f"state_{name}2"
+
+
+def _back_to_older_states(rng: np.random.Generator, opened: Mapping[str, Open]) -> list[Operation]:
+    """Two states of each stream, a block read after each; and going on from the older one, then from the newer."""
+    program: list[Operation] = []
+    for keep in (Save, Restore):
+        for i in range(2):
+            for name, one in opened.items():
+                length = int(rng.integers(1, one.config.block_size + 1))
+                tokens = rng.integers(0, one.config.vocab_size, (one.batch, length))
+                program += [keep(name, _states_of(name)[i]), Step(name, tokens)]
+    return program
 
 
 def _given_memory(

@@ -34,6 +34,9 @@ from refspan.conformance.programs import (
 )
 from refspan.conformance.protocol import Array
 
+MOST_POSITIONS = 1 << 16
+"""That initial parameters may have."""
+
 
 def run_program(backend: Any, program: Program) -> list[Any]:
     """Run a program on a backend and check what does not depend on numbers; one answer per operation.
@@ -48,6 +51,15 @@ def run_program(backend: Any, program: Program) -> list[Any]:
 def run_programs_at_once(backend: Any, programs: Sequence[Program]) -> list[list[Any]]:
     """Run programs on a backend, each on a thread of its own, all at once; see `at_once`."""
     return at_once(backend, "programs", [partial(run_program, backend, program) for program in programs])
+
+
+def _check_shape(what: str, got: tuple[int, ...], expected: tuple[int | str, ...]) -> None:
+    """Raise Misbehaviour if an initial parameter has another shape, or more positions than there may be."""
+    if len(got) != len(expected) or any(
+        size > MOST_POSITIONS if wanted == "P" else size != wanted for size, wanted in zip(got, expected, strict=True)
+    ):
+        most = f", P at most {MOST_POSITIONS}" if "P" in expected else ""
+        raise Misbehaviour(f"{what}: got shape {got}, expected an array of shape {expected}{most}")
 
 
 class _Runner:
@@ -171,17 +183,19 @@ class _Runner:
 
     def _like(self, what: str, said: Mapping[str, Any], name: str, shape: tuple[int | str, ...]) -> Array:
         """An array that was returned under a name, if it has a shape like this."""
-        if said.get(name) is None:
+        value = said.get(name)
+        if value is None:
             raise Misbehaviour(f"{what}: it is missing")
+        if isinstance(value, np.ndarray):  # before it is copied
+            _check_shape(what, np.ndarray.view(value, np.ndarray).shape, shape)
         try:
-            array = np.array(said[name], subok=False)
+            array = np.array(value, subok=False)
             numbers = array.dtype.kind in "fiu"
         except Exception:  # noqa: BLE001 - whatever it is, it is no array
             numbers = False
         if not numbers:
-            raise Misbehaviour(f"{what}: got {shown(said[name])}, expected an array of numbers")
-        if array.ndim != len(shape) or any(w not in ("P", s) for w, s in zip(shape, array.shape, strict=True)):
-            raise Misbehaviour(f"{what}: got shape {array.shape}, expected an array of shape {shape}")
+            raise Misbehaviour(f"{what}: got {shown(value)}, expected an array of numbers")
+        _check_shape(what, array.shape, shape)
         return array
 
     def _hand_over(self, what: str, array: Array) -> Array:

@@ -4,7 +4,6 @@ Every public function accepts arrays of NumPy, CuPy or any library that follows 
 library and on one device, and returns arrays of that kind.
 """
 
-import math
 from operator import index
 from typing import Any, TypeAlias
 
@@ -15,6 +14,8 @@ Array: TypeAlias = Any
 
 SHORTEST_RAMP = 1e-30
 """Below it, span / ramp would overflow in float32. A ramp of 1e-30 steps is no ramp already."""
+LONGEST = 1e30
+"""Steps of a ramp or span: float32 holds them, and what they are added to and multiplied by."""
 
 
 def namespace_of(**arrays: Array) -> Any:
@@ -91,10 +92,10 @@ def check_number(name: str, number: float, expected: str = "a number") -> float:
 
 
 def check_ramp(ramp: float) -> float:
-    """The ramp length R as a float; raises TypeError or ValueError unless it is a finite number > 0."""
+    """The ramp length R as a float; raises TypeError or ValueError unless it is one, > 0, that float32 holds."""
     value = check_number("ramp", ramp, "a number of steps > 0")
-    if not (math.isfinite(value) and value >= SHORTEST_RAMP):
-        raise ValueError(f"ramp: got {value:g}, expected a finite number of steps > 0 (at least {SHORTEST_RAMP:g})")
+    if not SHORTEST_RAMP <= value <= LONGEST:
+        raise ValueError(f"ramp: got {value:g}, expected a number of steps > 0 ({SHORTEST_RAMP:g} to {LONGEST:g})")
     return value
 
 

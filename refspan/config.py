@@ -5,7 +5,16 @@ from dataclasses import asdict, dataclass, fields
 from math import isfinite
 from typing import TYPE_CHECKING, Any, Literal
 
-from refspan.arrays import SHORTEST_RAMP, Array, check_count, check_dtype, check_number, check_shape, namespace_of
+from refspan.arrays import (
+    LONGEST,
+    SHORTEST_RAMP,
+    Array,
+    check_count,
+    check_dtype,
+    check_number,
+    check_shape,
+    namespace_of,
+)
 from refspan.span import initial_bias
 
 if TYPE_CHECKING:
@@ -56,6 +65,9 @@ class ModelConfig:
                 object.__setattr__(self, name, number)
         if self.ramp < SHORTEST_RAMP:
             raise ValueError(f"ramp: got {self.ramp}, expected at least {SHORTEST_RAMP:g}")
+        for name in ("max_span", "ramp"):
+            if getattr(self, name) > LONGEST:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected at most {LONGEST:g} steps")
         if self.norm not in ("post", "pre"):
             raise ValueError(f"norm: got {self.norm!r}, expected 'post' or 'pre'")
 

@@ -29,11 +29,25 @@ def check_writable(path: Path) -> None:
         raise SetupError(f"{path}: is where this command reads or prints, and would have to be replaced")
     if not target.parent.is_dir():
         raise SetupError(f"{path}: folder {target.parent} does not exist")
+    _try_to_write(path, target.parent)
+
+
+def check_folder_writable(path: Path) -> None:
+    """Raise SetupError if files could not be written into folder `path`, which may have yet to be made."""
+    there = path.resolve()
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    if not there.is_dir():
+        raise SetupError(f"{path}: {'' if there == path.resolve() else f'cannot be made: {there} '}is not a folder")
+    _try_to_write(path, there)
+
+
+def _try_to_write(path: Path, folder: Path) -> None:
     try:
-        with tempfile.TemporaryFile(dir=target.parent):
+        with tempfile.TemporaryFile(dir=folder):
             pass  # some folders only seem to be writable
     except OSError as error:
-        raise SetupError(f"{path}: cannot write into {target.parent}: {error.strerror}") from None
+        raise SetupError(f"{path}: cannot write into {folder}: {error.strerror}") from None
 
 
 def _same_as_stream(path: Path, number: int) -> bool:

@@ -30,6 +30,24 @@ class Objects(Parameters):
         return {name: array.astype(object) for name, array in params.items()}
 
 
+class NotFinite(Parameters):
+    def change(self, params):
+        return params | {"output.weight": np.full_like(params["output.weight"], np.nan)}
+
+
+class PositionsWithoutEnd(Parameters):
+    """10^12 of them, which take no memory until somebody copies them."""
+
+    def change(self, params):
+        endless = np.broadcast_to(np.float32(0), (10**12, params["position.weight"].shape[1]))
+        return params | {"position.weight": endless}
+
+
+class WeightsWithoutEnd(Parameters):
+    def change(self, params):
+        return params | {"output.weight": np.broadcast_to(np.float32(0), (10**6, 10**6))}
+
+
 class SpansNowhere(Parameters):
     """Biases of which the exponential is beyond all numbers."""
 
@@ -94,6 +112,8 @@ SizesInfinite = sizes([float("inf")])
 SizesEndless = sizes(itertools.repeat(1 << 70))
 SizesNegative = sizes([-1])
 SizesWord = sizes("1")
+SizesTrue = sizes([True])
+SizesWithAPoint = sizes([2.0])
 SizesNothing = sizes(None)
 RowsWord = rows("many")
 RowsList = rows([1])

@@ -164,6 +164,12 @@ BROKEN = {
         "    sys.stdin.buffer.read1()",
         "soft_mask: the answer has no tensor 'mask', expected mask",
     ),
+    "no for not offered": (
+        "while True:\n"
+        "    print(json.dumps({'seq': request(), 'not_offered': 'no'}), flush=True)\n"
+        "    sys.stdin.buffer.read1()",
+        "soft_mask: the answer has not_offered 'no', expected true or false",
+    ),
     "tensors": ('print(\'{"seq": 1, "tensors": 5}\', flush=True); time.sleep(60)', "`tensors`: got 5"),
     "no npy": (
         "print(json.dumps({'seq': request(), 'tensors': ['mask']}), 'x' * 100, sep='\\n', flush=True); time.sleep(60)",

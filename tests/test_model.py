@@ -403,6 +403,8 @@ def test_bad_numbers(field, value):
 
 def test_bad_configs():
     refused(ValueError, "^ramp: got 1e-40, expected at least 1e-30", replace, CONFIG, ramp=1e-40)
+    for name in ("ramp", "max_span"):
+        refused(ValueError, rf"^{name}: got 1e\+31, expected at most 1e\+30 steps", replace, CONFIG, **{name: 1e31})
     for value in ("both", None, 1):
         refused(ValueError, f"^norm: got {value!r}, expected 'post' or 'pre'", replace, CONFIG, norm=value)
     settings = CONFIG.to_dict()

@@ -333,6 +333,8 @@ class TestExpectedFailures:
             ("attention.output: because", "expected `check: reason, https://..`"),
             ("attention.output: , https://example.org", "expected `check: reason, https://..`"),
             ("attention.output: a, https://b\nattention.output: a, https://b", ":2: attention.output is there twice"),
+            # a line that must not be read again from each of its spaces
+            (f"attention.empty: a{' ' * 900_000}b\n", ":1: got 'attention.empty: a "),
         ],
     )
     def test_files_that_say_nothing(self, tmp_path, text, said):

@@ -5,6 +5,7 @@ import os
 import shutil
 from dataclasses import replace
 from importlib.resources import files
+from pathlib import Path
 
 import jsonschema
 import numpy as np
@@ -255,7 +256,9 @@ def test_all_mutants_of_models_that_checks_of_one_question_reject_are_rejected()
 
 def test_a_folder_for_failures_that_is_none_is_refused_before_the_run(tmp_path):
     (tmp_path / "precious.txt").write_text("mine")
-    for path in (tmp_path, tmp_path / "precious.txt"):
+    nowhere = Path("/proc/none")  # where nobody can make a folder
+    file = tmp_path / "precious.txt"
+    for path in (tmp_path, file, file / "in it" / "deeper", *([nowhere] if nowhere.parent.exists() else [])):
         ran = check("--backend", EPSILON, "--check", "attention.weights", "--save-failures", path)
         assert (ran.returncode, ran.stdout) == (2, "")
         assert len(ran.stderr.splitlines()) == 1
@@ -701,6 +704,7 @@ REFUSED_MANIFESTS = {
     "true": said(queries=True),
     "no queries at all": said(queries=0),
     "no ramp": said(ramp=0.0),
+    "a ramp that float32 does not hold": said(ramp=1e308),
     "other version": head(refspan_vectors=2),
     "no cases": head(cases={}),
     "a number": said(purpose=5),

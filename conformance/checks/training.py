@@ -139,10 +139,15 @@ def _starts(dtype: np.dtype) -> st.SearchStrategy[ModelCase]:
 
 @check("training.initial_spans", clauses=["SPAN"], needs=["initial_parameters"], cost=COST, cases=_starts)
 def initial_spans(probe: Probe, case: ModelCase) -> None:
-    """All spans start at the same fraction of L, whatever the hidden state, where the sigmoid still has a slope."""
+    """All spans start at the same fraction of L, whatever the hidden state, where the sigmoid still has a slope.
+
+    Where all else starts is free, but it is finite.
+    """
     ((params,),) = probe.programs(case.program)
     first = float(params["layers.0.span.bias"])
     for name, array in params.items():
+        if not np.isfinite(array).all():
+            raise Misbehaviour(f"initial {name} holds NaN or infinite numbers")
         if name.endswith("span.weight"):
             probe.compare(f"initial {name}", array, Expected(np.zeros(array.shape), np.zeros(array.shape)))
         if name.endswith("span.bias"):

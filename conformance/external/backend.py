@@ -27,12 +27,10 @@ from refspan.conformance.guard import (
 )
 from refspan.conformance.programs import Program
 from refspan.conformance.protocol import OPERATIONS, Array
-from refspan.conformance.running import run_program
+from refspan.conformance.running import MOST_POSITIONS, run_program
 from refspan.errors import SetupError
 
 START_SECONDS = 120.0
-MOST_POSITIONS = 1 << 16
-"""That initial parameters may have, give or take."""
 
 
 class CommandBackend:
@@ -178,8 +176,10 @@ class CommandBackend:
             raise Hung(f"{operation}: {not_foreseen(error)}") from error
         if said.get("seq") != self._asked or type(said["seq"]) is not int:
             raise Hung(f"{operation}: the answer has seq {shown(said.get('seq'))}, expected {self._asked}")
-        if said.get("not_offered"):
+        if (declined := said.get("not_offered")) is True:
             raise NotOffered(operation)
+        if declined is not None and declined is not False:
+            raise Misbehaviour(f"{operation}: the answer has not_offered {shown(declined)}, expected true or false")
         if said.get("error") is not None:
             raise Misbehaviour(f"{operation} failed: {one_line(said['error'])}")
         if missing := [name for name in expected if name not in got]:

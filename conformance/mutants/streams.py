@@ -153,6 +153,56 @@ class RestoreGoesByTheClock(Plain):
     """States keep the time of each memory, and ages grow by what was read since."""
 
 
+class _OneSlot(PlainStream):
+    slots: dict[str, Any]
+
+    def __init__(self, *about: Any) -> None:
+        super().__init__(*about)
+        self.slots = {}
+
+    def state(self) -> Any:
+        self.slots["newest"] = super().state()
+        return "newest"
+
+    def restore(self, state: Any) -> None:
+        super().restore(self.slots[state])
+
+
+@mutant("memory.restore", "memory.state_machine", stream=_OneSlot)
+class KeepsTheNewestState(Plain):
+    """A stream has room for one state: whatever is restored, the newest comes back."""
+
+
+class _OneSlotForAll(_OneSlot):
+    def __init__(self, rules: "Plain", *about: Any) -> None:
+        super().__init__(rules, *about)
+        self.slots = rules.shared
+
+
+@mutant("memory.state_machine", stream=_OneSlotForAll)
+class StreamsShareAState(Plain):
+    """There is room for one state: that of another stream comes back if it is the newest."""
+
+
+class _Undo(PlainStream):
+    def __init__(self, *about: Any) -> None:
+        super().__init__(*about)
+        self.states: list[Any] = []
+
+    def state(self) -> Any:
+        self.states.append(super().state())
+        return len(self.states)
+
+    def restore(self, state: Any) -> None:
+        del self.states[state:]
+        super().restore(self.states[-1])
+
+
+@mutant("memory.restore", "memory.state_machine", stream=_Undo)
+class RestoreForgetsNewerStates(Plain):
+    """Going back to a state ends those that were kept after it, as undoing does."""
+
+
 class _OneForAll(PlainStream):
     def __init__(self, rules: "Plain", config: ModelConfig, params: Parameters, batch: int, memory: Initial) -> None:
         super().__init__(rules, config, params, batch, memory)

@@ -34,7 +34,7 @@ from refspan.conformance.vectors.program_json import to_json
 from refspan.conformance.vectors.program_vector import ProgramVector
 from refspan.conformance.vectors.reading import MANIFEST, VERSION, AnyVector, entries_of, fields_of
 from refspan.errors import SetupError
-from refspan.files import write_whole
+from refspan.files import check_folder_writable, write_whole
 
 
 def write_folder(path: Path, vectors: Sequence[AnyVector]) -> None:
@@ -84,7 +84,12 @@ def _write_manifest(path: Path, entries: Mapping[str, dict[str, Any]]) -> None:
 
 
 def entries_to_add_to(path: Path) -> dict[str, dict[str, Any]]:
-    """The cases that a folder holds, none if it is yet to be made; raises SetupError if it is not for vectors."""
+    """The cases that a folder holds, none if it is yet to be made.
+
+    Raises:
+        SetupError: it is not for vectors, or nothing can be written there.
+    """
+    check_folder_writable(path)
     try:
         if not path.exists() or not any(path.iterdir()):
             return {}

@@ -3,9 +3,9 @@
     python tests/vectors/freeze.py
 
 For each check that asks one question at a time its default cases are drawn, in float32 and some in the other dtypes.
-From these come the smallest few that together reject all mutants that any of them rejects: greedily, those first that
-reject most for their size. Ids come from what is asked, so cases that are chosen again keep theirs; whoever runs this
-anew reads the difference.
+From these come the smallest few that together reject all mutants that any of them rejects, and of each check and dtype
+one that rejects some: greedily, those first that reject most for their size. Ids come from what is asked, so cases that
+are chosen again keep theirs; whoever runs this anew reads the difference.
 """
 
 import json
@@ -98,19 +98,25 @@ def wish_of(vector):
 def chosen_of(vectors, killed):
     """Places of the smallest few that reject all that can be rejected, in the order of their ids."""
     chosen = []
+    kill_some = {wish_of(vector) for kills, vector in zip(killed, vectors, strict=True) if kills}
     left = {(name, vector.operation) for kills, vector in zip(killed, vectors, strict=True) for name in kills}
     checks = {wish_of(vector) for vector in vectors}
     size = [size_of(vector) for vector in vectors]
 
+    def grants(i):
+        """A wish: with a case that rejects nothing only if no other would."""
+        wish = wish_of(vectors[i])
+        return {wish} & checks if killed[i] or wish not in kill_some else set()
+
     def worth(i):
         new = {(name, vectors[i].operation) for name in killed[i]} & left
-        return (len(new) + (wish_of(vectors[i]) in checks)) / (50 + size[i])
+        return (len(new) + len(grants(i))) / (50 + size[i])
 
     while left or checks:
         best = max(range(len(vectors)), key=worth)
         chosen.append(best)
         left -= {(name, vectors[best].operation) for name in killed[best]}
-        checks.discard(wish_of(vectors[best]))
+        checks -= grants(best)
     return sorted(chosen, key=lambda i: vectors[i].id)
 
 
