@@ -167,7 +167,7 @@ def _checks(report: Report) -> Iterator[str]:
         error = ""
         if result.status != "not offered":
             width = min(100.0, 100 * result.worst) if result.worst == result.worst else 100.0
-            error = f'<span class="bar {kind}"><i style="width:{width:.3g}%"></i></span> {result.worst:.2g}'
+            error = f'<span class="bar {kind}"><i style="width:{width:.3g}%"></i></span> {result.error}'
         purpose = escape(result.purpose.partition("\n")[0])
         yield f'<tr id="check-{id_}"><th scope="row">{name}</th><td class="status {kind}">{result.status}</td>'
         yield f'<td class="error">{error}</td><td class="num">{result.examples}</td>'

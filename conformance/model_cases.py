@@ -29,6 +29,9 @@ HALF = "L / 2"
 LONGEST = (8.0, 3.0, 20.0)
 """What L is drawn from."""
 
+QUIET = 0.01
+"""What embeddings are sometimes multiplied with: the variance of hidden states is then not far from norms' epsilon."""
+
 FAR = (2.0**34, 80_000.0, 6000.0, 3000.0, 256.0)
 """As LONGEST, for memories that are far older than a test has time to make them, see `_far_ages`."""
 
@@ -84,15 +87,20 @@ def models(
     shapes: Sequence[tuple[int, ...]] = SIZES,
     longest: Sequence[float] = LONGEST,
     reach: Sequence[int] | None = None,
+    live: Sequence[int] = (),
 ) -> tuple[ModelConfig, dict[str, Array], str]:
     """A small model with parameters of every kind at work, and what it is like in words.
 
     `loudness`: what the last weights, and so the logits of tokens, are multiplied with. `shapes`: as `SIZES`.
-    `longest`: as `LONGEST`. `reach`: what P is drawn from; None means about a block.
+    `longest`: as `LONGEST`. `reach`: what P is drawn from; None means about a block. `live`: with spans `HALF`, instead
+    of `longest`, how many memories are alive in a stream that is long enough.
     """
     vocabulary, hidden, inner, layers, heads, head_size, block = draw(st.sampled_from(shapes))
     kind = draw(st.sampled_from(spans))
     max_span = 1000.0 if kind == "beyond the stream" else draw(st.sampled_from(longest))
+    ramp = draw(st.sampled_from((2.0, 1.0, 3.0, 5.0, 16.0) if live else (2.0, 1.0, 3.0, 5.0, 16.0, 2.5, 0.5)))
+    if live:  # of ages 1 to L / 2 + R - 1
+        max_span = 2 * (draw(st.sampled_from(live)) + 1 - ramp)
     config = ModelConfig(
         vocab_size=vocabulary,
         hidden_size=hidden,
@@ -102,7 +110,7 @@ def models(
         head_size=head_size,
         block_size=block,
         max_span=max_span,
-        ramp=draw(st.sampled_from((2.0, 1.0, 3.0, 5.0, 16.0, 2.5, 0.5))),
+        ramp=ramp,
         span_temperature=draw(st.sampled_from((1.0, 2.0, 0.5))),
         norm=draw(st.sampled_from(norms)),
     )
@@ -116,8 +124,11 @@ def models(
             params[name] = 2 * array
         elif ".span." in name:
             params[name] = _spans(rng, kind, name, array)
+    quiet = draw(st.sampled_from((1.0, 1.0, QUIET)))
+    params["embedding.weight"] = quiet * params["embedding.weight"]
     params["output.weight"] = loudness * params["output.weight"]
-    words = f"{config.norm}-norm, spans {kind}{f', logits times {loudness:g}' if loudness != 1 else ''}"
+    words = f"{config.norm}-norm, spans {kind}"
+    words += f", embeddings times {quiet:g}" * (quiet != 1) + f", logits times {loudness:g}" * (loudness != 1)
     return config, {name: array.astype(dtype) for name, array in params.items()}, words
 
 
@@ -249,14 +260,13 @@ def _states_of(name: str) -> tuple[str, str]:
 
 
 def _back_to_older_states(rng: np.random.Generator, opened: Mapping[str, Open]) -> list[Operation]:
-    """Two states of each stream, a block read after each; and going on from the older one, then from the newer."""
+    """Two states of each stream, a block read after each; and going on from the older, the newer, the older again."""
     program: list[Operation] = []
-    for keep in (Save, Restore):
-        for i in range(2):
-            for name, one in opened.items():
-                length = int(rng.integers(1, one.config.block_size + 1))
-                tokens = rng.integers(0, one.config.vocab_size, (one.batch, length))
-                program += [keep(name, _states_of(name)[i]), Step(name, tokens)]
+    for keep, i in ((Save, 0), (Save, 1), (Restore, 0), (Restore, 1), (Restore, 0)):
+        for name, one in opened.items():
+            length = int(rng.integers(1, one.config.block_size + 1))
+            tokens = rng.integers(0, one.config.vocab_size, (one.batch, length))
+            program += [keep(name, _states_of(name)[i]), Step(name, tokens)]
     return program
 
 

@@ -21,7 +21,7 @@ OPTIONS = {
     "device": "Device, for a backend that has a choice.",
     "form": "Form of the ONNX graph, for the onnxruntime backend.",
     "dtype": "Dtype of query, key and value: float16, float32, float64. Default: float32.",
-    "level": "Only this level; several with commas between them.",
+    "level": "Only this level; may be repeated, or name several with commas between them.",
     "examples": "Cases per check. Default: 100.",
     "seed": "Seed of everything random. Default: 0.",
     "timeout": "Seconds that one answer may take. Default: 10.",
@@ -40,7 +40,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Add our options."""
     group = parser.getgroup("refspan", "conformance of a backend")
     for name, text in OPTIONS.items():
-        group.addoption(f"--refspan-{name}", metavar=name.upper(), default=None, help=text)
+        action = "append" if name == "level" else "store"
+        group.addoption(f"--refspan-{name}", metavar=name.upper(), default=None, help=text, action=action)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -192,7 +193,7 @@ def _checks(config: pytest.Config) -> "list[Check]":
     levels = _option(config, "level")
     if _option(config, "backend") is None:
         raise SetupError("name a backend, for example --refspan-backend=numpy")
-    return select(levels.split(",") if levels else ())
+    return select([level for some in levels or () for level in some.split(",")])
 
 
 def _settings(config: pytest.Config) -> dict[str, Any]:

@@ -73,10 +73,16 @@ class Result:
     known: Known | None = None
     """Why it was expected to fail, if it was."""
 
+    @property
+    def error(self) -> str:
+        """`worst` in words; "-" where it is not for its numbers that a check failed."""
+        failed = self.status in ("failed", "known failure")
+        return "-" if failed and self.worst <= 1 else f"{self.worst:.2g}"
+
     def line(self) -> str:
         """The result in one line."""
         mark = {"passed": "pass", "failed": "FAIL", "known failure": "know", "not offered": "----"}[self.status]
-        error = "not offered" if self.status == "not offered" else f"error/bound {self.worst:<8.2g}"
+        error = "not offered" if self.status == "not offered" else f"error/bound {self.error:<8}"
         cost = "" if self.status == "not offered" else f"{self.examples:>5} examples {self.seconds:6.1f} s  "
         return f"{mark}  {self.check:<28} {error:<21} {cost}{' '.join(self.clauses)}"
 

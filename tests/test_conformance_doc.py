@@ -53,6 +53,18 @@ def test_commands(folder):
     assert {"report.html", "report.xml", "badge.svg", "vectors"} <= {path.name for path in folder.iterdir()}
 
 
+def test_sizes_that_are_asked_for():
+    from refspan.conformance.checks.limits import BEYOND
+    from refspan.conformance.strategies import LARGE_SIZES, SIZES, TILE_SIZES
+
+    sizes = [*SIZES, *TILE_SIZES, *LARGE_SIZES, *BEYOND]
+    _, after = " ".join(DOC.split()).split("Heads have ")
+    of_heads, number = after.split(" numbers; there are ")
+    number, _ = number.split(" of them. ")
+    for said, axis in ((of_heads, 4), (number, 1)):
+        assert sorted({one[axis] for one in sizes}) == [int(n) for n in re.findall(r"\d+", said)]
+
+
 def test_what_openvino_does_differently(folder):
     pytest.importorskip("openvino")
     ran = subprocess.run(

@@ -98,9 +98,13 @@ def lone_survivor(probe: Probe, case: AttentionCase) -> None:
 
 
 def _faint(dtype: np.dtype) -> st.SearchStrategy[AttentionCase]:
-    """As `_one_survivor`, but beside one full memory, over whose logit the survivor's own stands by log(1 / mask)."""
+    """As `_one_survivor`, but beside one full memory, over whose logit the survivor's own stands by log(1 / mask).
 
-    def place(case: AttentionCase, seed: int) -> AttentionCase:
+    Or by more, as far as the dtype still has digits for what is left to the full one, exp(-more).
+    """
+    more = {np.float16: (0.0, 1.0), np.float32: (0.0, 3.0, 6.0), np.float64: (0.0, 6.0, 12.0)}[dtype.type]
+
+    def place(case: AttentionCase, above: float, seed: int) -> AttentionCase:
         rng = np.random.default_rng(seed)
         batch, heads, queries, slots, head_size = case.sizes
         survivor = np.argmax(case.memories.span, axis=1)
@@ -108,7 +112,7 @@ def _faint(dtype: np.dtype) -> st.SearchStrategy[AttentionCase]:
         signs = rng.choice([-1, 1], (batch, heads, head_size)).astype(dtype)
         query = np.repeat(signs[:, :, None], queries, axis=2)
         key = np.zeros_like(case.key)
-        key[range(batch), :, survivor] = signs * (-np.log(left) / np.sqrt(head_size))
+        key[range(batch), :, survivor] = signs * ((above - np.log(left)) / np.sqrt(head_size))
         span = case.memories.span.copy()
         span[range(batch), (survivor + 1) % slots] = 1024
         return replace(
@@ -116,7 +120,7 @@ def _faint(dtype: np.dtype) -> st.SearchStrategy[AttentionCase]:
         )
 
     several = _one_survivor(dtype).filter(lambda case: case.sizes[3] > 1)
-    return st.builds(place, several, st.integers(0, 2**16))
+    return st.builds(place, several, st.sampled_from(more), st.integers(0, 2**16))
 
 
 @check("attention.faint", clauses=["WEIGHT", "MASK"], needs=NEEDS, cases=_faint)

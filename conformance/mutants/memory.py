@@ -194,6 +194,22 @@ class _Given(PlainStream):
         return super().given(hidden, self.rules.advance(age) - 1, i)
 
 
+class _RoomInEights(PlainStream):
+    def memory_size(self) -> list[int]:
+        return [-(-size // 8) * 8 for size in super().memory_size()]
+
+
+@mutant("memory.bound", stream=_RoomInEights)
+class DropsOneStepLateInEights(Plain):
+    """A memory is dropped one step after it has expired, which eights, as they are given out, often hide."""
+
+    def facts(self) -> dict[str, str]:
+        return {"memory_granularity": "8"}
+
+    def gone(self, config: ModelConfig, span: Array, age: Array) -> Array:
+        return age - span > config.ramp
+
+
 @mutant("memory.far", stream=_Given)
 class StreamAgesIn16Bits(Plain):
     """Ages wrap around after 32767."""

@@ -1,5 +1,6 @@
 """Right in the small, wrong at the sizes that models have, or where two axes are as long as each other."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,34 @@ class HeadsOf64(Dense):
     def logits(self, query: Array, key: Array, position: Array | None, age: Array) -> Array:
         first = np.where(np.arange(query.shape[-1]) < 64, query, 0).astype(query.dtype)
         return super().logits(first, key, position, age)
+
+
+@mutant("attention.sizes", "gradient.sizes")
+class NoScaleForHeadsOf96(Dense):
+    """Logits of heads of 96 numbers, which have a kernel of their own, are not divided by sqrt(96)."""
+
+    def logits(self, query: Array, key: Array, position: Array | None, age: Array) -> Array:
+        s = super().logits(query, key, position, age)
+        return np.asarray(s * math.sqrt(96)) if query.shape[-1] == 96 else s
+
+
+@mutant("attention.sizes", "gradient.sizes")
+class EightHeadsShareKeys(Dense):
+    """Where there are eight heads, two at a time have the keys of one."""
+
+    def logits(self, query: Array, key: Array, position: Array | None, age: Array) -> Array:
+        of = np.arange(8) // 2 * 2 if key.shape[1] == 8 else slice(None)
+        return super().logits(query, key[:, of], position, age)
+
+
+@mutant("attention.sizes", "gradient.sizes")
+class LastOfABlockOf64(Dense):
+    """The last query of a block of exactly 64 sees nothing."""
+
+    def mask(self, span: Array, age: Array, queries: int, ramp: float) -> Array:
+        m = super().mask(span, age, queries, ramp)
+        m[:, 63:] *= queries != 64
+        return m
 
 
 @mutant("attention.tiles", "gradient.tiles")

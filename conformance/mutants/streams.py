@@ -153,6 +153,16 @@ class RestoreGoesByTheClock(Plain):
     """States keep the time of each memory, and ages grow by what was read since."""
 
 
+class _Adopts(PlainStream):
+    def restore(self, state: Any) -> None:
+        self.rows = state
+
+
+@mutant("memory.restore", "memory.state_machine", stream=_Adopts)
+class RestoreTakesTheStateItself(Plain):
+    """A stream goes on in the state that it was given, which so cannot be restored a second time."""
+
+
 class _OneSlot(PlainStream):
     slots: dict[str, Any]
 

@@ -6,7 +6,7 @@ from unittest.mock import patch
 import numpy as np
 
 import refspan
-from refspan import ModelConfig, layer, memory, model
+from refspan import ModelConfig, layer, layer_norm, memory, model
 from refspan.conformance.backends.reference import NumpyBackend
 from refspan.conformance.mutants.registry import mutant
 
@@ -230,6 +230,17 @@ class MemoryIsThrownAway(NumpyBackend):
         self, config: ModelConfig, params: Array, tokens: Array, targets: Array, memory: Array, **options: Any
     ) -> Array:
         return super().loss_and_gradients(config, params, tokens, targets, None, **options)
+
+
+@mutant("training.gradients", "training.task_loss")
+class TrainsWithASmallerEpsilon(NumpyBackend):
+    """Norms add 1e-6 to the variance, not 1e-5."""
+
+    thread_safe = False  # the number is replaced for all threads
+
+    def loss_and_gradients(self, *arguments: Any, **options: Any) -> Array:
+        with patch.object(layer_norm, "EPSILON", 1e-6):
+            return super().loss_and_gradients(*arguments, **options)
 
 
 @mutant("training.initial_spans", seen_in="lucidrains/learning-to-expire-pytorch")

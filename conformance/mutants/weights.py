@@ -29,6 +29,15 @@ class FloorUnderTheLogarithm(Dense):
         return super().weights(s, np.where(m > 0, np.maximum(m, m.dtype.type(2e-7)), 0))
 
 
+@mutant("attention.faint")
+class SkipsSmallExponentials(Dense):
+    """Logits more than 18 below the largest of a memory that is alive count for nothing, however small its mask."""
+
+    def exponentials(self, s: Array, m: Array) -> tuple[Array, Array]:
+        top = np.max(np.where(m > 0, s, -np.inf), axis=-1, keepdims=True, initial=-np.inf)
+        return super().exponentials(np.where(s < top - 18, -np.inf, s), m)
+
+
 @mutant("attention.lone_survivor", seen_in="facebookresearch/transformer-sequential")
 class Epsilon(Dense):
     """1e-8 in the denominator."""
