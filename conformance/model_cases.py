@@ -241,6 +241,8 @@ def cases(
             tokens = rng.integers(0, one.config.vocab_size, (one.batch, max(1, length)))
             program.append(Step(name, tokens))
             read[name] += tokens.shape[1]
+    if resets and streams > 1:
+        program += _reset_in_turn(rng, opened)
     if restores:
         program += _back_to_older_states(rng, opened)
     if sizes:
@@ -259,14 +261,27 @@ def _states_of(name: str) -> tuple[str, str]:
     return f"state_{name}1", f"state_{name}2"
 
 
+def _some_tokens(rng: np.random.Generator, name: str, one: Open) -> Step:
+    """A block of a stream, no longer than those that its model is made for."""
+    length = int(rng.integers(1, one.config.block_size + 1))
+    return Step(name, rng.integers(0, one.config.vocab_size, (one.batch, length)))
+
+
+def _reset_in_turn(rng: np.random.Generator, opened: Mapping[str, Open]) -> list[Operation]:
+    """A row of one stream is emptied, then one of another; each time all go on."""
+    program: list[Operation] = []
+    for name, one in opened.items():
+        program += [Reset(name, int(rng.integers(one.batch)))]
+        program += [_some_tokens(rng, *of_one) for of_one in opened.items()]
+    return program
+
+
 def _back_to_older_states(rng: np.random.Generator, opened: Mapping[str, Open]) -> list[Operation]:
     """Two states of each stream, a block read after each; and going on from the older, the newer, the older again."""
     program: list[Operation] = []
     for keep, i in ((Save, 0), (Save, 1), (Restore, 0), (Restore, 1), (Restore, 0)):
         for name, one in opened.items():
-            length = int(rng.integers(1, one.config.block_size + 1))
-            tokens = rng.integers(0, one.config.vocab_size, (one.batch, length))
-            program += [keep(name, _states_of(name)[i]), Step(name, tokens)]
+            program += [keep(name, _states_of(name)[i]), _some_tokens(rng, name, one)]
     return program
 
 
