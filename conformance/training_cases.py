@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 import refspan
 from refspan.conformance.memo import remembered
 from refspan.conformance.model_bounds import SAFETY, SAMPLES
-from refspan.conformance.model_cases import SIZES, SPANS, models, moved
 from refspan.conformance.programs import Learn
 from refspan.conformance.protocol import Array
+from refspan.conformance.small_models import SIZES, SPANS, models, moved
 from refspan.conformance.tolerance import Arithmetic, Expected
 from refspan.model import losses
 

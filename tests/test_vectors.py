@@ -254,6 +254,13 @@ def test_all_mutants_of_models_that_checks_of_one_question_reject_are_rejected()
     assert left == LEFT
 
 
+def test_each_rejects_some_mutants():
+    kills = [set(vector.kills) for vector in frozen_vectors()]
+    assert all(kills)
+    doc = (Path(__file__).resolve().parents[1] / "docs" / "conformance.md").read_text()
+    assert f"all together {len(set.union(*kills))} of {len(MUTANTS)}:" in " ".join(doc.split())
+
+
 def test_a_folder_for_failures_that_is_none_is_refused_before_the_run(tmp_path):
     (tmp_path / "precious.txt").write_text("mine")
     nowhere = Path("/proc/none")  # where nobody can make a folder

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from refspan.conformance.guard import Misbehaviour
 from refspan.conformance.model_answers import Answers
-from refspan.conformance.model_cases import FAR, HALF, LARGE, LONG, SIZES, ModelCase, cases
+from refspan.conformance.model_cases import ModelCase, cases
 from refspan.conformance.programs import Open, Operation, Program, Projected, Size, Step
 from refspan.conformance.registry import Probe, check
+from refspan.conformance.small_models import FAR, HALF, LARGE, LONG, SIZES
 
 NEEDS = ["open_model"]
 COST = 6

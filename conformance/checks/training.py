@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 
 from refspan.config import ModelConfig
 from refspan.conformance.guard import Misbehaviour
-from refspan.conformance.model_cases import SPANS, ModelCase, models
+from refspan.conformance.model_cases import ModelCase
 from refspan.conformance.programs import Initialise
 from refspan.conformance.registry import Probe, check
+from refspan.conformance.small_models import SPANS, models
 from refspan.conformance.tolerance import Expected
 from refspan.conformance.training_cases import (
     LARGE,
