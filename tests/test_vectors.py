@@ -450,7 +450,7 @@ HOSTILE = {
     "true": (said(queries=True), "`queries` is 'True'"),
     "true version": (of_version(True), "has version True"),
     "version in colours": (of_version("\x1b[31m1"), "has version ?[31m1"),
-    "short ramp": (said(ramp=1e-40), "ramp: got 1e-40, expected"),
+    "short ramp": (said(ramp=1e-40), "`ramp` is '1e-40'; see manifest.schema.json"),
     "NaN": (tensor("input.span", lambda x: x * np.float32(np.nan)), "span: got"),
     "large manifest": (lambda folder: os.truncate(folder / "manifest.json", 1 << 25), "expected at most 16777216"),
 }

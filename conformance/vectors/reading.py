@@ -2,7 +2,6 @@
 
 import json
 import re
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
 
-from refspan.arrays import check_attention, check_ramp, check_spans
+from refspan.arrays import LONGEST, SHORTEST_RAMP, check_attention, check_ramp, check_spans
 from refspan.clauses import CLAUSES
 from refspan.conformance.guard import one_line
 from refspan.conformance.programs import Learn
@@ -100,7 +99,7 @@ def _check_entry(where: Path, entry: Any) -> None:
     files_, operation = entry.get("files"), id_.rpartition("-")[0]
     right = {
         "operation": entry.get("operation") == operation,
-        "ramp": isinstance(entry.get("ramp"), float) and isfinite(entry["ramp"]) and entry["ramp"] > 0,
+        "ramp": isinstance(entry.get("ramp"), float) and SHORTEST_RAMP <= entry["ramp"] <= LONGEST,
         "queries": is_count(entry.get("queries")) and 0 < entry["queries"] < 1 << 20,
         "check": is_text(entry.get("check")),
         "purpose": is_text(entry.get("purpose")),
