@@ -54,10 +54,11 @@ def test_commands(folder):
 
 
 def test_sizes_that_are_asked_for():
+    from refspan.conformance.checks.crowds import HEADS, MANY, RUNS
     from refspan.conformance.checks.limits import BEYOND
     from refspan.conformance.strategies import LARGE_SIZES, SIZES, TILE_SIZES
 
-    sizes = [*SIZES, *TILE_SIZES, *LARGE_SIZES, *BEYOND]
+    sizes = [*SIZES, *TILE_SIZES, *LARGE_SIZES, *BEYOND, *MANY, *RUNS, *HEADS]
     _, after = " ".join(DOC.split()).split("Heads have ")
     of_heads, number = after.split(" numbers; there are ")
     number, _ = number.split(" of them. ")

@@ -1,5 +1,16 @@
 """The checks, a module per level, and two of what concerns three. Importing this package registers them all."""
 
-from refspan.conformance.checks import attention, golden, gradient, limits, mask, memory, model, repetition, training
+from refspan.conformance.checks import (
+    attention,
+    crowds,
+    golden,
+    gradient,
+    limits,
+    mask,
+    memory,
+    model,
+    repetition,
+    training,
+)
 
-__all__ = ["attention", "golden", "gradient", "limits", "mask", "memory", "model", "repetition", "training"]
+__all__ = ["attention", "crowds", "golden", "gradient", "limits", "mask", "memory", "model", "repetition", "training"]

@@ -102,7 +102,7 @@ def _faint(dtype: np.dtype) -> st.SearchStrategy[AttentionCase]:
 
     Or by more, as far as the dtype still has digits for what is left to the full one, exp(-more).
     """
-    more = {np.float16: (0.0, 1.0), np.float32: (0.0, 3.0, 6.0), np.float64: (0.0, 6.0, 12.0)}[dtype.type]
+    more = {np.float16: (0.0, 1.0), np.float32: (0.0, 3.0, 6.0, 9.0), np.float64: (0.0, 9.0, 18.0)}[dtype.type]
 
     def place(case: AttentionCase, above: float, seed: int) -> AttentionCase:
         rng = np.random.default_rng(seed)
@@ -128,11 +128,15 @@ def faint(probe: Probe, case: AttentionCase) -> None:
     """A mask of 2^-23 counts for just that beside a full memory: there is no floor under it or its logarithm."""
     (got,) = probe.attention(case)
     expected = attention_bounds(case).output
-    # All masks are exact, and two weights differ from 0: w / (1 + w) with w = m exp(gap), moved by w's relative error.
+    # All masks are exact, and two weights differ from 0: w / (1 + w) with w = m exp(gap), moved by w's relative error
+    # times w / (1 + w)^2, which is at most 1 / 4, and 1 / w. Both values may be the largest there is.
     gap, u = float(np.max(np.abs(case.key))) * np.sqrt(case.sizes[4]), float(np.finfo(got.dtype).eps)
     error = np.expm1(u * ((2 * case.sizes[4] + 16) * gap + 8))
+    span, ramp = case.memories.span, case.memories.ramp
+    w = float(np.min(np.max(span, axis=1, where=span < ramp, initial=0))) / ramp * np.exp(gap)
     largest = np.max(np.abs(case.value.astype(np.float64)), axis=(2, 3), keepdims=True)
-    bound = (error / 2 + (case.sizes[3] + 8) * u) * np.broadcast_to(largest, got.shape)
+    moved = 2 * error * min(0.25, (1 + error) / w)
+    bound = (moved + (case.sizes[3] + 8) * u) * np.broadcast_to(largest, got.shape)
     probe.compare("output", got, Expected(expected, bound))
 
 

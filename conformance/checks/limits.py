@@ -138,11 +138,9 @@ def gradients_of_few(probe: Probe, case: AttentionCase) -> None:
 BEYOND: list[Sizes] = [
     (9, 1, 3, 13, 4), (1, 2, 4, 40, 160), (1, 1, 160, 192, 8),
     (1, 1, 3, 40, 260), (1, 1, 530, 40, 4), (1, 1, 2, 4200, 4),
-    (1, 8, 64, 72, 48), (2, 12, 32, 64, 80), (1, 4, 64, 32, 96), (1, 32, 5, 16, 112),
-    (2, 6, 16, 24, 192), (1, 3, 4, 9, 256), (3, 2, 8, 7, 64), (1, 3, 2, 5, 128),
 ]  # fmt: skip
 """More than 8 rows; heads of more than 128 and 256 numbers; more queries and memories than 128 each, than 512, than
-4096. And sizes that kernels are made for one by one: heads, their number, blocks."""
+4096."""
 
 
 @check("attention.sizes", clauses=["OUTPUT", "LOGIT"], needs=FORWARD, cost=4,

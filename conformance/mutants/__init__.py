@@ -21,6 +21,7 @@ from refspan.conformance.mutants import (  # noqa: F401 - each puts its own on t
     models,
     sizes,
     streams,
+    tiles,
     training,
     weights,
 )

@@ -40,7 +40,7 @@ class HeadsOf64(Dense):
         return super().logits(first, key, position, age)
 
 
-@mutant("attention.sizes", "gradient.sizes")
+@mutant("attention.heads", "gradient.heads")
 class NoScaleForHeadsOf96(Dense):
     """Logits of heads of 96 numbers, which have a kernel of their own, are not divided by sqrt(96)."""
 
@@ -49,7 +49,7 @@ class NoScaleForHeadsOf96(Dense):
         return np.asarray(s * math.sqrt(96)) if query.shape[-1] == 96 else s
 
 
-@mutant("attention.sizes", "gradient.sizes")
+@mutant("attention.heads", "gradient.heads")
 class EightHeadsShareKeys(Dense):
     """Where there are eight heads, two at a time have the keys of one."""
 
@@ -58,7 +58,7 @@ class EightHeadsShareKeys(Dense):
         return super().logits(query, key[:, of], position, age)
 
 
-@mutant("attention.sizes", "gradient.sizes")
+@mutant("attention.heads", "gradient.heads")
 class LastOfABlockOf64(Dense):
     """The last query of a block of exactly 64 sees nothing."""
 

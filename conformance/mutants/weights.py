@@ -31,11 +31,11 @@ class FloorUnderTheLogarithm(Dense):
 
 @mutant("attention.faint")
 class SkipsSmallExponentials(Dense):
-    """Logits more than 18 below the largest of a memory that is alive count for nothing, however small its mask."""
+    """Logits more than 22 below the largest of a memory that is alive count for nothing, however small its mask."""
 
     def exponentials(self, s: Array, m: Array) -> tuple[Array, Array]:
         top = np.max(np.where(m > 0, s, -np.inf), axis=-1, keepdims=True, initial=-np.inf)
-        return super().exponentials(np.where(s < top - 18, -np.inf, s), m)
+        return super().exponentials(np.where(s < top - 22, -np.inf, s), m)
 
 
 @mutant("attention.lone_survivor", seen_in="facebookresearch/transformer-sequential")
