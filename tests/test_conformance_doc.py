@@ -54,8 +54,8 @@ def test_commands(folder):
 
 
 def test_sizes_that_are_asked_for():
-    from refspan.conformance.checks.crowds import HEADS, MANY, RUNS
     from refspan.conformance.checks.limits import BEYOND
+    from refspan.conformance.checks.tiled import HEADS, MANY, RUNS
     from refspan.conformance.strategies import LARGE_SIZES, SIZES, TILE_SIZES
 
     sizes = [*SIZES, *TILE_SIZES, *LARGE_SIZES, *BEYOND, *MANY, *RUNS, *HEADS]

@@ -1,8 +1,7 @@
-"""The checks, a module per level, and two of what concerns three. Importing this package registers them all."""
+"""The checks, a module per level, and three of what concerns several. Importing this package registers them all."""
 
 from refspan.conformance.checks import (
     attention,
-    crowds,
     golden,
     gradient,
     limits,
@@ -10,7 +9,8 @@ from refspan.conformance.checks import (
     memory,
     model,
     repetition,
+    tiled,
     training,
 )
 
-__all__ = ["attention", "crowds", "golden", "gradient", "limits", "mask", "memory", "model", "repetition", "training"]
+__all__ = ["attention", "golden", "gradient", "limits", "mask", "memory", "model", "repetition", "tiled", "training"]
