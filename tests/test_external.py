@@ -259,7 +259,8 @@ def test_a_command_that_crashed_is_started_again(tmp_path):
         """,
     )
     report = report_of(command)
-    assert [result.status for result in report.results] == ["failed", *["passed"] * (MASK - 1), "not offered"]
+    statuses = [result.status for result in report.results if result.check not in THREADS]
+    assert statuses == ["failed", *["passed"] * (MASK - 1)]
     assert "ended by signal SIGABRT" in messages(report)[0]
 
 
