@@ -25,6 +25,7 @@ TABLES = ("none", "long", "square", "no rows")
 """Positions: none, P = 70, P = D, P = 0."""
 
 RAMPS = (2.0, 16.0, 128.0, 0.5)
+"""R: shorter than any block, and longer than most."""
 
 EMPTY = -(2**62)
 """Age of an empty slot."""

@@ -12,12 +12,11 @@ from hypothesis import strategies as st
 from refspan.conformance.cases import AttentionCase, Memories
 from refspan.conformance.checks.attention import compare_output
 from refspan.conformance.checks.gradient import compare_gradients
+from refspan.conformance.checks.limits import BACKWARD, FORWARD
 from refspan.conformance.crowds import LOGITS, crowds
 from refspan.conformance.registry import Probe, check
 from refspan.conformance.strategies import Sizes
 from refspan.conformance.tolerance import expected_mask
-
-FORWARD, BACKWARD = ["span_attention"], ["span_attention_backward"]
 
 MANY: list[Sizes] = [
     (2, 2, 64, 64, 16), (1, 1, 33, 130, 64), (2, 3, 1, 300, 16), (1, 2, 64, 128, 32), (3, 2, 8, 96, 8),

@@ -1,6 +1,7 @@
 """Wrong in kernels that work tile by tile: fast ways for whole tiles, running maxima, the memory between two passes."""
 
 from collections.abc import Iterator
+from itertools import product
 
 import numpy as np
 
@@ -8,12 +9,12 @@ from refspan.conformance.mutants.dense import Array, Dense
 from refspan.conformance.mutants.registry import mutant
 
 TILE = 64
+"""Slots that a kernel takes together, if it has no fast way for fewer of them."""
 
 
-def _tiles(slots: int) -> Iterator[slice]:
-    """Whole tiles of 32."""
-    for n in range(0, slots - 31, 32):
-        yield slice(n, n + 32)
+def _small_tiles(m: Array) -> Iterator[tuple[int, slice]]:
+    """Rows of a mask [B, M, N], and whole tiles of 32 slots."""
+    yield from product(range(len(m)), (slice(n, n + 32) for n in range(0, m.shape[2] - 31, 32)))
 
 
 @mutant("mask.crowds", "attention.crowds", "gradient.crowds")
@@ -22,10 +23,9 @@ class FullTilesSkipThePast(Dense):
 
     def mask(self, span: Array, age: Array, queries: int, ramp: float) -> Array:
         m = super().mask(span, age, queries, ramp)
-        for b in range(len(m)):
-            for tile in _tiles(m.shape[2]):
-                if np.all(span[b, tile] >= age[b, tile] + queries - 1):
-                    m[b, :, tile] = 1
+        for b, tile in _small_tiles(m):
+            if np.all(span[b, tile] >= age[b, tile] + queries - 1):
+                m[b, :, tile] = 1
         return m
 
 
@@ -35,16 +35,18 @@ class FullTilesByTheFirstQuery(Dense):
 
     def mask(self, span: Array, age: Array, queries: int, ramp: float) -> Array:
         m = super().mask(span, age, queries, ramp)
-        for b in range(len(m)):
-            for tile in _tiles(m.shape[2]):
-                if np.all(m[b, 0, tile] == 1):
-                    m[b, :, tile] = 1
+        for b, tile in _small_tiles(m):
+            if np.all(m[b, 0, tile] == 1):
+                m[b, :, tile] = 1
         return m
 
 
 @mutant("attention.crowds", "gradient.crowds")
 class OneKernelForAllThatLives(Dense):
     """Where nothing has expired a library's attention is called, which knows no positions."""
+
+    thread_safe = False  # `mask` tells `logits`
+    all_live = False
 
     def logits(self, query: Array, key: Array, position: Array | None, age: Array) -> Array:
         s = super().logits(query, key, position, age)
@@ -54,9 +56,6 @@ class OneKernelForAllThatLives(Dense):
         m = super().mask(span, age, queries, ramp)
         self.all_live = bool(np.all(m == 1))
         return m
-
-    all_live = False
-    thread_safe = False
 
 
 @mutant("attention.crowds", "gradient.crowds")
@@ -155,12 +154,12 @@ class NoPositionsInHeadsOf256(Dense):
 class OneMaskInHeadsOf32(Dense):
     """The kernel of heads of 32 numbers has the first query's mask for all."""
 
+    thread_safe = False  # `logits` tells `weights`
+    size = 0
+
     def weights(self, s: Array, m: Array) -> tuple[Array, Array]:
         return super().weights(s, np.broadcast_to(m[:, :, :1], m.shape) if self.size == 32 else m)
 
     def logits(self, query: Array, key: Array, position: Array | None, age: Array) -> Array:
         self.size = query.shape[-1]
         return super().logits(query, key, position, age)
-
-    size = 0
-    thread_safe = False
