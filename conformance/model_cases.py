@@ -1,7 +1,7 @@
 """Programs to ask of models, drawn by Hypothesis."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from refspan.conformance.programs import Open, Operation, Program, Projected, Re
 from refspan.conformance.protocol import Array
 from refspan.conformance.small_models import models, moved
 
-CHANGES = Step | Reset | Restore
+CHANGES = Open | Step | Reset | Restore
 """What changes how much is held."""
 
 MOST_TOKENS = 40
@@ -84,11 +84,11 @@ def cases(
         memory: whether streams start with memories given; None means sometimes.
         far: whether these are as old as `_far_ages` says.
         resets: whether rows are emptied in between.
-        restores: whether states are kept, two of a stream, and returned to later; in the end to the older ones of all.
+        restores: whether states are kept, two of a stream, and returned to; see `_back_to_older_states`.
         reopens: whether a stream may give way to a new one, of another model, under its name.
         sizes: whether what is held is asked after each step, reset and restore.
-        projected: whether the number of projections is asked in the end.
-        alike: whether models differ in their parameters alone.
+        projected: whether the number of projections is asked, after some steps and in the end.
+        alike: whether models differ in their parameters alone; in the end `_opened_again`.
         least_tokens: that each stream reads.
         most_tokens: that it reads beyond these.
         long_block: tokens of one more kind of block; with `resets` one of these comes last, after a reset.
@@ -101,7 +101,9 @@ def cases(
 
     def open_one(name: str) -> Open:
         if alike and drawn:
-            config, params, words = drawn[0][0], moved(rng, drawn[0][1]), "as the first, with other parameters"
+            some = draw(st.booleans())
+            config, params = drawn[0][0], moved(rng, drawn[0][1], some=some)
+            words = f"as the first, with {'some ' * some}other parameters"
         else:
             config, params, words = draw(models(dtype, **about_model))
             drawn.append((config, params))
@@ -114,6 +116,9 @@ def cases(
         return one
 
     opened = {name: open_one(name) for name in "abc"[:streams]}
+    begun = {name: f"state_{name}0" for name in opened} if restores else {}
+    """States of streams that have not read anything yet."""
+    program += [Save(*one) for one in begun.items()]
     read = dict.fromkeys(opened, 0)
     kept: dict[str, set[str]] = {name: set() for name in opened}
     kinds = ["step", "step", "token", *["reset"] * resets, *["save", "restore"] * restores, *["open"] * reopens]
@@ -127,6 +132,8 @@ def cases(
             opened[name] = open_one(name)
             read[name] = 0
             kept[name].clear()  # states of another model
+            if restores:
+                program.append(Save(name, begun[name]))
         elif kind == "reset":
             program.append(Reset(name, draw(st.integers(0, one.batch - 1))))
         elif kind == "save":
@@ -144,15 +151,21 @@ def cases(
     if resets and streams > 1:
         program += _reset_in_turn(rng, opened)
     if restores:
-        program += _back_to_older_states(rng, opened)
+        program += _back_to_older_states(rng, opened, resets=resets)
+        for name, state in begun.items():
+            program += [Restore(name, state), _some_tokens(rng, name, opened[name])]
+    if alike:
+        program += _opened_again(rng, next(iter(opened.values())), dtype)
     if sizes:
-        program = [one for o in program for one in ((o, Size(o.stream)) if isinstance(o, CHANGES) else (o,))]
+        program = [one for o in program for one in ((o, *[Size(o.stream)] * 2) if isinstance(o, CHANGES) else (o,))]
     if long_block and resets:  # where the places of one row are empty
         for name, one in opened.items():
             tokens = rng.integers(0, one.config.vocab_size, (one.batch, long_block))
             program += [Reset(name, int(rng.integers(one.batch))), Step(name, tokens)]
     if projected:
-        program += [Projected(name) for name in opened]
+        often = int(rng.integers(1, 4))
+        program = [one for i, o in enumerate(program) for one in ((o, Projected(o.stream)) if i % often == 0 else (o,))]
+        program += [Projected(name) for name in opened] * 2
     return ModelCase(tuple(program), tuple(notes))
 
 
@@ -176,13 +189,27 @@ def _reset_in_turn(rng: np.random.Generator, opened: Mapping[str, Open]) -> list
     return program
 
 
-def _back_to_older_states(rng: np.random.Generator, opened: Mapping[str, Open]) -> list[Operation]:
-    """Two states of each stream, a block read after each; and going on from the older, the newer, the older again."""
+def _back_to_older_states(
+    rng: np.random.Generator, opened: Mapping[str, Open], *, resets: bool = False
+) -> list[Operation]:
+    """Two states of each stream, a block read after each; and going on from the older, the newer, the older again.
+
+    With `resets` a row is emptied before some states are kept, or returned to.
+    """
     program: list[Operation] = []
     for keep, i in ((Save, 0), (Save, 1), (Restore, 0), (Restore, 1), (Restore, 0)):
         for name, one in opened.items():
+            if resets and rng.integers(2):
+                program.append(Reset(name, int(rng.integers(one.batch))))
             program += [keep(name, _states_of(name)[i]), _some_tokens(rng, name, one)]
     return program
+
+
+def _opened_again(rng: np.random.Generator, one: Open, dtype: np.dtype) -> list[Operation]:
+    """A model's streams that read the same tokens, from other memories each: none, some, and others."""
+    starts = [None, *(_given_memory(rng, one.config, one.batch, dtype) for _ in range(2))]
+    step = _some_tokens(rng, one.stream, one)
+    return [o for start in starts for o in (replace(one, memory=start), step)]
 
 
 def _given_memory(
@@ -191,7 +218,7 @@ def _given_memory(
     """Hidden states at distinct ages, shuffled, with gaps, as many in each layer as another one has not."""
     given = []
     for i in range(config.layers):
-        slots = 8 + i if far else (4 + i) * int(rng.integers(4) > 0)  # now and then there are none
+        slots = 8 + i if far else (0, 4 + i, 4 + i, 20 + i)[int(rng.integers(4))]
         ages = _far_ages(config) if far else np.arange(1, 3 * slots + 1)
         hidden = rng.standard_normal((batch, slots, config.hidden_size)).astype(dtype)
         age = np.stack([rng.permutation(ages)[:slots] for _ in range(batch)])
@@ -203,6 +230,6 @@ def _far_ages(config: ModelConfig) -> Array:
     """Ages that narrow numbers confuse with others: where a span of L / 2 ends, and just after powers of two."""
     end = int(config.max_span) // 2
     # float32 cannot tell the steps of a ramp from each other that far away
-    on_ramp = range(end - 2, end + int(config.ramp) + 2) if end < 2**17 else ()
+    on_ramp = range(end - 2, end + min(int(config.ramp), 16) + 2) if end < 2**17 else ()
     wraps = (2**bits + j for bits in (7, 8, 10, 11, 15, 16, 31, 32, 34) for j in (1, 2, 4))
     return np.unique([*on_ramp, *wraps])

@@ -69,15 +69,15 @@ class _Runner:
         self._states: dict[str, Any] = {}
         self._begun: dict[str, Any] = {}
         """What the last block of training of a stream began with."""
+        self._learnt: dict[str, dict[str, Array]] = {}
+        """Parameters of a stream's last block of training, unless they were written over those before them."""
         self._handed: list[tuple[str, Array, bytes]] = []
         """Arrays that the backend was given, and what was in them."""
         self._returned: list[Returned] = []
 
     def run(self, program: Program) -> list[Any]:
         answers = [self._one(operation) for operation in program]
-        for what, array, content in self._handed:
-            if array.tobytes() != content:
-                raise Misbehaviour(f"{what} was changed")
+        self._look_again()
         check_kept(self._returned)
         return answers
 
@@ -142,7 +142,7 @@ class _Runner:
         self._streams[operation.stream] = stream, operation
 
     def _learn(self, operation: Learn) -> tuple[float, float, dict[str, Array]]:
-        params = {n: self._hand_over(f"parameter {n}", x) for n, x in operation.params.items()}
+        params = self._parameters(operation)
         tokens = self._hand_over("the tokens", operation.tokens)
         targets = self._hand_over("the targets", operation.targets)
         if not operation.again:
@@ -197,6 +197,29 @@ class _Runner:
             raise Misbehaviour(f"{what}: got {shown(value)}, expected an array of numbers")
         _check_shape(what, array.shape, shape)
         return array
+
+    def _parameters(self, operation: Learn) -> dict[str, Array]:
+        """Parameters to learn with; every other block they are in the arrays of the one before, as an optimiser's."""
+        before = self._learnt.pop(operation.stream, None)
+        if before is None or any(before[n].shape != x.shape for n, x in operation.params.items()):
+            params = {n: self._hand_over(f"parameter {n}", x) for n, x in operation.params.items()}
+            self._learnt[operation.stream] = params
+            return params
+        self._look_again()
+        ours = {id(array) for array in before.values()}
+        self._handed = [handed for handed in self._handed if id(handed[1]) not in ours]
+        for n, x in operation.params.items():
+            before[n].flags.writeable = True
+            before[n][...] = x
+            before[n].flags.writeable = False
+            self._handed.append((f"parameter {n}", before[n], before[n].tobytes()))
+        return before
+
+    def _look_again(self) -> None:
+        """Raise Misbehaviour if anything that was handed over is not what it was."""
+        for what, array, content in self._handed:
+            if array.tobytes() != content:
+                raise Misbehaviour(f"{what} was changed")
 
     def _hand_over(self, what: str, array: Array) -> Array:
         """A read-only copy in C order, to be looked at again in the end."""

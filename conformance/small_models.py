@@ -23,11 +23,23 @@ SPANS = ("spread", "as at the start", "all near L", "all near 0", "beyond the st
 HALF = "L / 2"
 """As one of SPANS: weights and biases of the predictors are 0, which leaves rounding nothing to decide."""
 
-LONGEST = (8.0, 3.0, 20.0)
+LONGEST = (8.0, 3.0, 20.0, 8.75)
 """What L is drawn from."""
 
-QUIET = 0.01
-"""What embeddings are sometimes multiplied with: the variance of hidden states is then not far from norms' epsilon."""
+RAMPS = (2.0, 1.0, 3.0, 5.0, 16.0, 2.5, 0.5, 128.0)
+"""What R is drawn from."""
+
+STRESSES = {
+    "": ("", 1.0),
+    "quiet embeddings": ("embedding.weight", 0.01),
+    "sharp attention": ("attention.query.weight", 25.0),
+    "loud feed-forward": ("feedforward.in.weight", 8.0),
+}
+"""What is sometimes multiplied, and with what, by name.
+
+The variance of hidden states is then not far from norms' epsilon; logits of attention are about 100, which exponentials
+must not see as they are; a ReLU passes on numbers beyond 6.
+"""
 
 FAR = (2.0**34, 80_000.0, 6000.0, 3000.0, 256.0)
 """As LONGEST, for memories that are far older than a test has time to make them, see `_far_ages`."""
@@ -55,7 +67,7 @@ def models(
     vocabulary, hidden, inner, layers, heads, head_size, block = draw(st.sampled_from(shapes))
     kind = draw(st.sampled_from(spans))
     max_span = 1000.0 if kind == "beyond the stream" else draw(st.sampled_from(longest))
-    ramp = draw(st.sampled_from((2.0, 1.0, 3.0, 5.0, 16.0) if live else (2.0, 1.0, 3.0, 5.0, 16.0, 2.5, 0.5)))
+    ramp = draw(st.sampled_from(RAMPS[:5] if live else RAMPS))
     if live:  # of ages 1 to L / 2 + R - 1
         max_span = 2 * (draw(st.sampled_from(live)) + 1 - ramp)
     config = ModelConfig(
@@ -68,7 +80,7 @@ def models(
         block_size=block,
         max_span=max_span,
         ramp=ramp,
-        span_temperature=draw(st.sampled_from((1.0, 2.0, 0.5))),
+        span_temperature=draw(st.sampled_from((1.0, 2.0, 0.5, 8.0))),
         norm=draw(st.sampled_from(norms)),
     )
     rng = np.random.default_rng(draw(st.integers(0, 2**16)))
@@ -81,11 +93,12 @@ def models(
             params[name] = 2 * array
         elif ".span." in name:
             params[name] = _spans(rng, kind, name, array)
-    quiet = draw(st.sampled_from((1.0, 1.0, QUIET)))
-    params["embedding.weight"] = quiet * params["embedding.weight"]
+    stress = draw(st.sampled_from(("", *STRESSES)))
+    which, factor = STRESSES[stress]
+    params = {name: factor * x if which and name.endswith(which) else x for name, x in params.items()}
     params["output.weight"] = loudness * params["output.weight"]
     words = f"{config.norm}-norm, spans {kind}"
-    words += f", embeddings times {quiet:g}" * (quiet != 1) + f", logits times {loudness:g}" * (loudness != 1)
+    words += f", {stress}" * bool(stress) + f", logits times {loudness:g}" * (loudness != 1)
     return config, {name: array.astype(dtype) for name, array in params.items()}, words
 
 
@@ -104,7 +117,9 @@ def _spans(rng: np.random.Generator, kind: str, name: str, start: Array) -> Arra
     return np.asarray(0.3 * rng.standard_normal(start.shape) + (0 if weight else bias))
 
 
-def moved(rng: np.random.Generator, params: Mapping[str, Array]) -> dict[str, Array]:
-    """Parameters a large step of an optimiser further on."""
+def moved(rng: np.random.Generator, params: Mapping[str, Array], *, some: bool = False) -> dict[str, Array]:
+    """Parameters a large step of an optimiser further on; with `some` about half of them, as if others were frozen."""
     steps = {name: 0.2 * (np.std(x) + 0.05) * rng.standard_normal(x.shape) for name, x in params.items()}
+    if some:
+        steps = {name: step * int(rng.integers(2)) for name, step in steps.items()}
     return {name: (x + steps[name]).astype(x.dtype) for name, x in params.items()}

@@ -19,6 +19,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 import refspan
+from refspan.config import ModelConfig
 from refspan.conformance.memo import remembered
 from refspan.conformance.model_bounds import SAFETY, SAMPLES
 from refspan.conformance.programs import Learn
@@ -30,6 +31,9 @@ from refspan.model import losses
 TERMS = 4.0
 LARGE = ((17, 24, 40, 2, 3, 12, 24),)
 """As `SIZES`, wider and with longer blocks."""
+
+WIDE = ((300, 72, 136, 1, 5, 20, 12),)
+"""As `SIZES`, wider still; more tokens than bytes hold."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -44,7 +48,8 @@ class TrainingCase:
 
     def describe(self) -> list[str]:
         """The case in words and numbers, a line each."""
-        return [*self.notes, f"a: {self.program[0].config}", *map(str, self.program)]
+        configs = {one.stream: one.config for one in self.program}
+        return [*self.notes, *(f"{name}: {config}" for name, config in configs.items()), *map(str, self.program)]
 
 
 @st.composite
@@ -59,30 +64,49 @@ def blocks(
     rows: tuple[int, ...] = (2, 1, 3),
     spans: tuple[str, ...] = SPANS,
     shapes: Sequence[tuple[int, ...]] = SIZES,
+    loudness: float = 1.0,
+    streams: int = 1,
     twice: bool = False,
     moves: bool = False,
 ) -> TrainingCase:
-    """Up to four blocks, or `most`, of one model, of any length, some of them with shortened spans.
+    """Up to four blocks, or `most`, of any length, some of them with shortened spans, each with its price of spans.
 
-    `twice`: each block is run again from the memory that it began with. `moves`: parameters are others in each block,
-    as an optimiser leaves them.
+    `loudness`: see `models`. `streams`: how many learn in turn, each `least` blocks and more: of one model, or each of
+    its own. `twice`: after each block another is run, or the same again, from the memory that it began with. `moves`:
+    parameters, all or some of them, are others in each block, as an optimiser leaves them.
     """
-    config, params, words = draw(models(dtype, spans=spans, shapes=shapes))
-    # Spans that are all but 0 or L must not meet a kink at a whole distance: there float32 has no way to be right.
-    config = replace(config, max_span=config.max_span - 0.3, ramp=config.ramp + 0.15)
-    batch = draw(st.sampled_from(rows))
-    weight = draw(st.sampled_from(weights))
+    names = "ab"[:streams]
+    about = models(dtype, spans=spans, shapes=shapes, loudness=loudness)
+    made = [draw(about)] * streams if streams > 1 and draw(st.booleans()) else [draw(about) for _ in names]
+    config_of = {name: _away_from_kinks(config) for name, (config, _, _) in zip(names, made, strict=True)}
+    params_of = {name: params for name, (_, params, _) in zip(names, made, strict=True)}
+    batch_of = {name: draw(st.sampled_from(rows)) for name in names}
+    turns_of = {name: draw(st.integers(least, most)) for name in names}
     rng = np.random.default_rng(draw(st.integers(0, 2**16)))
-    program = []
-    for _ in range(draw(st.integers(least, most))):
-        length = draw(st.sampled_from((config.block_size, 1, config.block_size + 2)))
-        tokens, targets = rng.integers(0, config.vocab_size, (2, batch, length))
+    price, limits = st.sampled_from(weights), st.sampled_from(limited)
+
+    def block(name: str, length: int, *, again: bool = False) -> Learn:
+        config = config_of[name]
+        tokens, targets = rng.integers(0, config.vocab_size, (2, batch_of[name], length))
         shortest = draw(st.sampled_from((0.0, 0.2)))  # a limit of 0 is one
-        limit = float(rng.uniform(0, config.max_span)) * (shortest > 0) if draw(st.sampled_from(limited)) else None
-        one = Learn("a", config, params, tokens, targets, weight, limit)
-        program += [one, replace(one, again=True)] if twice else [one]
-        params = moved(rng, params) if moves else params
-    return TrainingCase(tuple(program), (words,))
+        limit = float(rng.uniform(0, config.max_span)) * (shortest > 0) if draw(limits) else None
+        return Learn(name, config, params_of[name], tokens, targets, draw(price), limit, again)
+
+    program: list[Learn] = []
+    for name in (name for turn in range(max(turns_of.values())) for name in names if turn < turns_of[name]):
+        size = config_of[name].block_size
+        length = draw(st.sampled_from((size, 1, size + 2)))
+        program.append(block(name, length))
+        if twice:
+            program.append(block(name, length, again=True) if draw(st.booleans()) else replace(program[-1], again=True))
+        if moves:
+            params_of[name] = moved(rng, params_of[name], some=draw(st.booleans()))
+    return TrainingCase(tuple(program), tuple(words for _, _, words in made))
+
+
+def _away_from_kinks(config: ModelConfig) -> ModelConfig:
+    """Spans that are all but 0 or L must not meet a kink at a whole distance: there float32 has no way to be right."""
+    return replace(config, max_span=config.max_span - 0.3, ramp=config.ramp + 0.15)
 
 
 @dataclass(frozen=True)
@@ -123,29 +147,39 @@ def _evaluate(one: Learn, params: dict[str, Array], memory: Any, **options: Any)
 
 
 def _expected(case: TrainingCase, run_block: Callable[..., tuple[_Block, Any]]) -> list[Taught]:
-    first = case.program[0]
-    dtype = np.dtype(first.params["embedding.weight"].dtype)
-    longest = max(first.config.feedforward_size, first.config.hidden_size, first.config.vocab_size) + 8
+    first = {one.stream: one for one in reversed(case.program)}
+    dtype = np.dtype(case.program[0].params["embedding.weight"].dtype)
+    sizes = [one.config for one in first.values()]
+    longest = max(max(c.feedforward_size, c.hidden_size, c.vocab_size) for c in sizes) + 8
     arithmetic = Arithmetic.of(dtype)
     u = arithmetic.u
     rng = np.random.default_rng(len(case.program))
     exact = _run(case, {}, run_block)
     strayed = []
     for _ in range(SAMPLES):
-        off = {n: 1 + rng.choice([-1.0, 1.0], x.shape) * 2 * longest * u for n, x in first.params.items()}
+        off = {
+            (name, n): 1 + rng.choice([-1.0, 1.0], x.shape) * 2 * longest * u
+            for name, one in first.items()
+            for n, x in one.params.items()
+        }
         strayed.append(_run(case, off, run_block))
     samples = [[sample[i] for sample in strayed] for i in range(len(exact))]
     return [_taught(*pair, arithmetic, longest) for pair in zip(exact, samples, strict=True)]
 
 
-def _run(case: TrainingCase, off: dict[str, Array], run_block: Callable[..., tuple[_Block, Any]]) -> list[_Block]:
+def _run(
+    case: TrainingCase, off: dict[tuple[str, str], Array], run_block: Callable[..., tuple[_Block, Any]]
+) -> list[_Block]:
     """What each block comes to, with parameters multiplied by `off`."""
-    begun, memory, results = None, None, []
+    begun: dict[str, Any] = {}
+    memory: dict[str, Any] = {}
+    results = []
     for one in case.program:
+        name = one.stream
         options = {"span_loss_weight": one.span_loss_weight, "span_limit": one.span_limit}
-        begun = begun if one.again else memory
-        params = {n: x.astype(np.float64) * off.get(n, 1.0) for n, x in one.params.items()}
-        block, memory = run_block(one, params, begun, **options)
+        begun[name] = begun[name] if one.again else memory.get(name)
+        params = {n: x.astype(np.float64) * off.get((name, n), 1.0) for n, x in one.params.items()}
+        block, memory[name] = run_block(one, params, begun[name], **options)
         results.append(block)
     return results
 

@@ -55,10 +55,14 @@ def short(probe: Probe, case: ModelCase) -> None:
     follow(probe, case)
 
 
-@check("memory.keeps_all", clauses=["AGE", "DROP"], needs=NEEDS, cost=2 * COST,
-       cases=some(spans=("beyond the stream",), least_tokens=40, rows=(1, 2)))  # fmt: skip
+def _kept_for_good(dtype: np.dtype) -> list[st.SearchStrategy[ModelCase]]:
+    about: dict[str, Any] = {"spans": ("beyond the stream",), "rows": (1, 2)}
+    return [cases(dtype, least_tokens=40, **about), cases(dtype, least_tokens=70, restores=True, resets=True, **about)]
+
+
+@check("memory.keeps_all", clauses=["AGE", "DROP"], needs=NEEDS, cost=2 * COST, cases=_kept_for_good)
 def keeps_all(probe: Probe, case: ModelCase) -> None:
-    """Nothing expires: memory grows past whatever was set aside for it, and nothing is lost."""
+    """Nothing expires: memory and states grow past whatever was set aside for them, and nothing is lost."""
     follow(probe, case)
 
 
@@ -97,7 +101,13 @@ def far(probe: Probe, case: ModelCase) -> None:
     follow(probe, case)
 
 
-@check("memory.reset", clauses=["START"], needs=NEEDS, cost=COST, cases=some(resets=True, rows=(2, 3), least_tokens=6))
+@check(
+    "memory.reset",
+    clauses=["START"],
+    needs=NEEDS,
+    cost=COST,
+    cases=some(resets=True, rows=(2, 3, 1, 5), least_tokens=6),
+)
 def reset(probe: Probe, case: ModelCase) -> None:
     """A row that is reset starts anew, empty; the others go on."""
     follow(probe, case)
@@ -155,11 +165,16 @@ def _asking_for_sizes(dtype: np.dtype) -> list[st.SearchStrategy[ModelCase]]:
 
 @check("memory.bound", clauses=["BOUND"], needs=NEEDS, cost=COST, cases=_asking_for_sizes)
 def bound(probe: Probe, case: ModelCase) -> None:
-    """As many memories are held as are live in the fullest row, rounded up to the granularity that is documented."""
+    """As many memories are held as are live in the fullest row, rounded up to the granularity that is documented.
+
+    To ask changes nothing.
+    """
     (answers,) = probe.programs(case.program)
     expected = Answers(case.program)
     grain = probe.memory_granularity
     for i, operation in enumerate(case.program):
+        if isinstance(operation, Step):
+            probe.compare(case.log_probs_of(i), answers[i], expected.of_step(i), place=i)
         if isinstance(operation, Size):
             for layer, (held, (least, live)) in enumerate(zip(answers[i], expected.held(i), strict=True)):
                 most = -(-live // grain) * grain
@@ -174,15 +189,18 @@ def bound(probe: Probe, case: ModelCase) -> None:
 @check("memory.projected_once", clauses=["CACHE"], needs=NEEDS, cost=COST,
        cases=some(projected=True, resets=True, restores=True, least_tokens=20))  # fmt: skip
 def projected_once(probe: Probe, case: ModelCase) -> None:
-    """Keys and values of a memory are made once, not again in every block that sees it; the count never falls back."""
+    """Keys and values of a memory are made once, not again in every block that sees it; the count never falls back.
+
+    To ask changes nothing.
+    """
     (answers,) = probe.programs(case.program)
+    _compare(probe, case, answers)
     for i, operation in enumerate(case.program):
         if isinstance(operation, Projected):
-            opened = next(o for o in case.program if isinstance(o, Open) and o.stream == operation.stream)
-            given = (
-                0 if opened.memory is None else sum(hidden.shape[0] * hidden.shape[1] for hidden, _ in opened.memory)
-            )
-            read = sum(o.tokens.size for o in case.program if isinstance(o, Step) and o.stream == operation.stream)
+            so_far = [o for o in case.program[:i] if o.stream == operation.stream]
+            opened = next(o for o in so_far if isinstance(o, Open))
+            given = sum(hidden.shape[0] * hidden.shape[1] for hidden, _ in opened.memory or ())
+            read = sum(o.tokens.size for o in so_far if isinstance(o, Step))
             right = given + read * opened.config.layers
             if answers[i] != right:
                 raise Misbehaviour(f"{operation} says {answers[i]}, expected {right}: one per memory and layer")

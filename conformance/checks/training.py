@@ -15,6 +15,7 @@ from refspan.conformance.small_models import SPANS, models
 from refspan.conformance.tolerance import Expected
 from refspan.conformance.training_cases import (
     LARGE,
+    WIDE,
     TrainingCase,
     blocks,
     expected_losses,
@@ -91,21 +92,39 @@ def gradients(probe: Probe, case: TrainingCase) -> None:
 @check("training.again", clauses=["GRAD", "DROP"], needs=NEEDS, cost=2 * COST,
        cases=lambda dtype: blocks(dtype, least=2, most=3, twice=True))  # fmt: skip
 def again(probe: Probe, case: TrainingCase) -> None:
-    """A block that is run again from the memory that it began with gives the same; the next goes on from the second."""
+    """From the memory that a block began with it is run again, or another block; the next goes on from the second."""
+    _follow(probe, case)
+
+
+@check("training.two_streams", clauses=["GRAD", "START"], needs=NEEDS, cost=2 * COST,
+       cases=lambda dtype: blocks(dtype, least=2, most=3, streams=2))  # fmt: skip
+def two_streams(probe: Probe, case: TrainingCase) -> None:
+    """Two streams that learn in turn, of one model or of two, each from what it has read itself."""
+    _follow(probe, case)
+
+
+@check("training.large_logits", clauses=["GRAD", "MODEL"], needs=NEEDS, cost=COST,
+       cases=lambda dtype: blocks(dtype, loudness=300.0, most=2))  # fmt: skip
+def large_logits(probe: Probe, case: TrainingCase) -> None:
+    """Logits of tokens in the hundreds neither overflow nor lose what is unlikely, in the loss and in gradients."""
     _follow(probe, case)
 
 
 @check("training.moved", clauses=["GRAD", "CACHE", "DROP"], needs=NEEDS, cost=COST,
        cases=lambda dtype: blocks(dtype, least=2, moves=True))  # fmt: skip
 def moved(probe: Probe, case: TrainingCase) -> None:
-    """Parameters are others in each block; what earlier blocks left is read with those of the block that reads it."""
+    """Parameters change, some or all, in place or not; each block has its own, for what it remembers too."""
     _follow(probe, case)
 
 
-@check("training.large", clauses=["GRAD", "LOSS", "MODEL"], needs=NEEDS, cost=5 * COST,
-       cases=lambda dtype: blocks(dtype, shapes=LARGE, rows=(4,), least=5, most=6))  # fmt: skip
+def _large(dtype: np.dtype) -> list[st.SearchStrategy[TrainingCase]]:
+    many = blocks(dtype, shapes=LARGE, rows=(4,), least=5, most=6, spans=("beyond the stream",))
+    return [blocks(dtype, shapes=LARGE, rows=(4,), least=5, most=6), many, blocks(dtype, shapes=WIDE, rows=(9,))]
+
+
+@check("training.large", clauses=["GRAD", "LOSS", "MODEL"], needs=NEEDS, cost=5 * COST, cases=_large)
 def large(probe: Probe, case: TrainingCase) -> None:
-    """Five blocks and more, of 24 tokens, in four rows of a wider model: losses and all gradients."""
+    """Five blocks and more, of 24 tokens, in four rows of a wider model, memories by the hundred; a wide model."""
     _follow(probe, case)
 
 
