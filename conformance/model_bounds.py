@@ -99,7 +99,7 @@ class ModelBounds:
         """Whether all spans are L / 2, as weight and bias of the predictor are 0, and no number here is rounded."""
         predictor = (self.params[f"layers.{layer}.span.{name}"] for name in ("weight", "bias"))
         sizes = (self.config.max_span, self.config.ramp)
-        return not any(map(np.any, predictor)) and all(2 * size == round(2 * size) < 2**16 for size in sizes)
+        return not any(map(np.any, predictor)) and all(4 * size == round(4 * size) < 2**16 for size in sizes)
 
     def _run(self) -> Array:
         """Log-probabilities of all samples.   [1 + S, T, V]."""

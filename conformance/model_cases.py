@@ -148,7 +148,7 @@ def cases(
             tokens = rng.integers(0, one.config.vocab_size, (one.batch, max(1, length)))
             program.append(Step(name, tokens))
             read[name] += tokens.shape[1]
-    if resets and streams > 1:
+    if resets:
         program += _reset_in_turn(rng, opened)
     if restores:
         program += _back_to_older_states(rng, opened, resets=resets)
@@ -181,10 +181,10 @@ def _some_tokens(rng: np.random.Generator, name: str, one: Open) -> Step:
 
 
 def _reset_in_turn(rng: np.random.Generator, opened: Mapping[str, Open]) -> list[Operation]:
-    """A row of one stream is emptied, then one of another; each time all go on."""
+    """The last row of one stream is emptied, then that of another; each time all go on."""
     program: list[Operation] = []
     for name, one in opened.items():
-        program += [Reset(name, int(rng.integers(one.batch)))]
+        program += [Reset(name, one.batch - 1)]
         program += [_some_tokens(rng, *of_one) for of_one in opened.items()]
     return program
 

@@ -1,6 +1,7 @@
 """Small models with parameters of every kind at work, drawn by Hypothesis."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from hypothesis import strategies as st
@@ -17,6 +18,9 @@ LARGE = ((300, 72, 136, 1, 5, 20, 64),)
 LONG = ((7, 6, 10, 1, 1, 4, 150), SIZES[0])
 """As SIZES, the smallest, with blocks that are long where an implementation cuts them."""
 
+MANY_TOKENS = ((140_000, 4, 6, 1, 1, 4, 3),)
+"""As SIZES, with more tokens than 16 bits hold."""
+
 SPANS = ("spread", "as at the start", "all near L", "all near 0", "beyond the stream", "saturated")
 """What the span predictors say, see `_spans`."""
 
@@ -29,16 +33,19 @@ LONGEST = (8.0, 3.0, 20.0, 8.75)
 RAMPS = (2.0, 1.0, 3.0, 5.0, 16.0, 2.5, 0.5, 128.0)
 """What R is drawn from."""
 
+SHARP = "sharp attention"
+
 STRESSES = {
     "": ("", 1.0),
     "quiet embeddings": ("embedding.weight", 0.01),
-    "sharp attention": ("attention.query.weight", 25.0),
+    SHARP: ("attention.query.weight", 25.0),
     "loud feed-forward": ("feedforward.in.weight", 8.0),
 }
 """What is sometimes multiplied, and with what, by name.
 
 The variance of hidden states is then not far from norms' epsilon; logits of attention are about 100, which exponentials
-must not see as they are; a ReLU passes on numbers beyond 6.
+must not see as they are; a ReLU passes on numbers beyond 6. Where attention is sharp a memory at the very end of its
+ramp may outweigh all others, so that spans that are all but 0 or L must not end at a whole distance there.
 """
 
 FAR = (2.0**34, 80_000.0, 6000.0, 3000.0, 256.0)
@@ -55,19 +62,20 @@ def models(
     loudness: float = 1.0,
     shapes: Sequence[tuple[int, ...]] = SIZES,
     longest: Sequence[float] = LONGEST,
+    ramps: Sequence[float] = RAMPS,
     reach: Sequence[int] | None = None,
     live: Sequence[int] = (),
 ) -> tuple[ModelConfig, dict[str, Array], str]:
     """A small model with parameters of every kind at work, and what it is like in words.
 
     `loudness`: what the last weights, and so the logits of tokens, are multiplied with. `shapes`: as `SIZES`.
-    `longest`: as `LONGEST`. `reach`: what P is drawn from; None means about a block. `live`: with spans `HALF`, instead
-    of `longest`, how many memories are alive in a stream that is long enough.
+    `longest`: as `LONGEST`. `ramps`: as `RAMPS`. `reach`: what P is drawn from; None means about a block. `live`: with
+    spans `HALF`, instead of `longest`, how many memories are alive in a stream that is long enough.
     """
     vocabulary, hidden, inner, layers, heads, head_size, block = draw(st.sampled_from(shapes))
     kind = draw(st.sampled_from(spans))
     max_span = 1000.0 if kind == "beyond the stream" else draw(st.sampled_from(longest))
-    ramp = draw(st.sampled_from(RAMPS[:5] if live else RAMPS))
+    ramp = draw(st.sampled_from(RAMPS[:5] if live else ramps))
     if live:  # of ages 1 to L / 2 + R - 1
         max_span = 2 * (draw(st.sampled_from(live)) + 1 - ramp)
     config = ModelConfig(
@@ -94,6 +102,10 @@ def models(
         elif ".span." in name:
             params[name] = _spans(rng, kind, name, array)
     stress = draw(st.sampled_from(("", *STRESSES)))
+    if stress == SHARP and kind == HALF:
+        stress = ""  # spans are all at a kink, maybe
+    if stress == SHARP:
+        config = replace(config, max_span=config.max_span - 0.4, ramp=config.ramp + 0.2)
     which, factor = STRESSES[stress]
     params = {name: factor * x if which and name.endswith(which) else x for name, x in params.items()}
     params["output.weight"] = loudness * params["output.weight"]

@@ -153,14 +153,15 @@ def state_machine(probe: Probe, case: ModelCase) -> None:
 
 
 def _asking_for_sizes(dtype: np.dtype) -> list[st.SearchStrategy[ModelCase]]:
-    """Programs that ask for sizes; of two in three no span is rounded.
+    """Programs that ask for sizes; of three in four no span is rounded.
 
-    Of one in three as many memories live as there is room for in multiples of 16, or 64: one more needs more room.
+    Of one in four as many memories live as there is room for in multiples of 16, or 64: one more needs more room.
     """
     about: dict[str, Any] = {"sizes": True, "resets": True, "restores": True}
     exact = cases(dtype, spans=(HALF,), longest=(8.0, 2.0, 20.0), least_tokens=30, **about)
+    parts = cases(dtype, spans=(HALF,), longest=(8.5, 20.5), ramps=(2.5, 0.5), least_tokens=30, **about)
     full = cases(dtype, spans=(HALF,), live=(16, 64), shapes=SIZES[:1], rows=(1, 2), least_tokens=90, **about)
-    return [cases(dtype, least_tokens=20, **about), exact, full]
+    return [cases(dtype, least_tokens=20, **about), exact, parts, full]
 
 
 @check("memory.bound", clauses=["BOUND"], needs=NEEDS, cost=COST, cases=_asking_for_sizes)

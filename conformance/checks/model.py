@@ -9,6 +9,7 @@ from refspan.conformance.model_answers import Answers
 from refspan.conformance.model_cases import ModelCase
 from refspan.conformance.programs import Step
 from refspan.conformance.registry import Probe, check
+from refspan.conformance.small_models import MANY_TOKENS
 from refspan.conformance.tolerance import Arithmetic, Expected
 
 
@@ -66,6 +67,13 @@ def normalised(probe: Probe, case: ModelCase) -> None:
         probe.compare(
             f"sum of probabilities of operation {i}, {case.program[i]}", total, Expected(np.ones_like(total), bound)
         )
+
+
+@check("model.many_tokens", clauses=["MODEL"], needs=NEEDS, cost=25 * COST,
+       cases=some(shapes=MANY_TOKENS, rows=(1,), least_tokens=6, most_tokens=0, memory=False))  # fmt: skip
+def many_tokens(probe: Probe, case: ModelCase) -> None:
+    """A vocabulary of 140,000: token ids are wider than 16 bits."""
+    follow(probe, case)
 
 
 @check("model.large_logits", clauses=["MODEL"], needs=NEEDS, cost=COST, cases=some(loudness=300.0))

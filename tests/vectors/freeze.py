@@ -35,7 +35,7 @@ LARGEST = {"frozen": 600, "frozen_programs": 2500}
 DTYPES = {"float32": 100, "float16": 20, "float64": 20}
 AREAS = {
     "frozen": ("mask", "weights", "gradients", "limits"),
-    "frozen_programs": ("memory", "streams", "models", "training", "kept"),
+    "frozen_programs": ("memory", "streams", "states", "models", "training", "learning", "kept"),
 }
 LARGE = {"memory.long": 30_000, "memory.state_machine": 6000}
 """Of these checks: their cases are as large as they have to be."""
