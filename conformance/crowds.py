@@ -100,8 +100,8 @@ def _spans(rng: np.random.Generator, life: str, age: Array, queries: int, ramp: 
     """Spans of one row."""
     slots = len(age)
     first, last = np.maximum(age, 1), np.maximum(age + queries - 1, 1)
-    lives = last + 50 * rng.random(slots)
-    gone = np.maximum(first - ramp - 50 * rng.random(slots), 0)
+    lives = 1.001 * last + 50 * rng.random(slots)  # by more than float32 may lose where memories are old
+    gone = np.maximum(0.999 * first - ramp - 50 * rng.random(slots), 0)
     stretch = np.zeros(slots, bool)
     start = int(rng.integers(slots))
     stretch[start : start + max(1, int(rng.integers(slots // 4, slots)))] = True

@@ -3,12 +3,16 @@
 from dataclasses import replace
 
 import numpy as np
+from hypothesis import strategies as st
 
 from refspan.conformance.cases import AttentionCase, Memories
 from refspan.conformance.checks import mask
-from refspan.conformance.checks.attention import some
+from refspan.conformance.crowds import crowds
 from refspan.conformance.registry import Probe, check
+from refspan.conformance.strategies import Sizes, attention_cases
 from refspan.conformance.tolerance import attention_bounds, expected_mask
+
+SPLIT: list[Sizes] = [(2, 3, 1, 300, 16), (1, 2, 4, 130, 8)]
 
 
 def _other_masks(asked: Memories) -> list[Memories]:
@@ -23,6 +27,11 @@ def _other_steps(case: AttentionCase) -> list[AttentionCase]:
     other = replace(case, query=case.query[..., ::-1], value=-case.value, grad_out=-case.grad_out[..., ::-1])
     forgot = case.with_memories(span=np.zeros_like(case.memories.span), ramp=case.memories.ramp + 1)
     return [other, forgot, case.select(slots=slice(1, None))]
+
+
+def _small_and_split(dtype: np.dtype) -> list[st.SearchStrategy[AttentionCase]]:
+    """Small steps, and of five one over so many memories that kernels split them, and put the parts together."""
+    return [*[attention_cases(dtype)] * 4, crowds(dtype, sizes=SPLIT)]
 
 
 def _masks(probe: Probe, questions: list[Memories], *, at_once: bool = False) -> None:
@@ -53,25 +62,25 @@ def masks_at_once(probe: Probe, asked: Memories) -> None:
     _masks(probe, [asked, *_other_masks(asked)], at_once=True)
 
 
-@check("attention.repeated", clauses=["OUTPUT"], needs=["span_attention"], cases=some())
+@check("attention.repeated", clauses=["OUTPUT"], needs=["span_attention"], cases=_small_and_split)
 def repeated_step(probe: Probe, case: AttentionCase) -> None:
     """The same question gets the same answer whatever was asked in between, in the same memory or another shape."""
     _outputs(probe, [case, *_other_steps(case), case])
 
 
-@check("attention.threads", clauses=["OUTPUT"], needs=["span_attention"], cases=some(), cost=2)
+@check("attention.threads", clauses=["OUTPUT"], needs=["span_attention"], cases=_small_and_split, cost=2)
 def steps_at_once(probe: Probe, case: AttentionCase) -> None:
     """Questions asked by several threads at once do not mix (`thread_safe = False` says: not offered)."""
     _outputs(probe, [case, *_other_steps(case)], at_once=True)
 
 
-@check("gradient.repeated", clauses=["GRAD"], needs=["span_attention_backward"], cases=some())
+@check("gradient.repeated", clauses=["GRAD"], needs=["span_attention_backward"], cases=_small_and_split)
 def repeated_gradients(probe: Probe, case: AttentionCase) -> None:
     """The same question gets the same answer whatever was asked in between, in the same memory or another shape."""
     _gradients(probe, [case, *_other_steps(case), case])
 
 
-@check("gradient.threads", clauses=["GRAD"], needs=["span_attention_backward"], cases=some(), cost=2)
+@check("gradient.threads", clauses=["GRAD"], needs=["span_attention_backward"], cases=_small_and_split, cost=2)
 def gradients_at_once(probe: Probe, case: AttentionCase) -> None:
     """Questions asked by several threads at once do not mix (`thread_safe = False` says: not offered)."""
     _gradients(probe, [case, *_other_steps(case)], at_once=True)

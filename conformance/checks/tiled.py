@@ -44,10 +44,11 @@ def _of_each(sizes: list[Sizes], **about: Any) -> Cases:
 
 
 def _crowds(dtype: np.dtype) -> list[st.SearchStrategy[AttentionCase]]:
-    """Of each size as many, and some in which nothing is masked at all, or not for the first query."""
+    """Of each size as many, and some in which nothing is masked at all, or not for the first query; old memories."""
     whole: dict[str, Any] = {"sizes": BLOCKS, "layouts": ("past", "wrapping"), "tables": ("long",)}
     of_each = [crowds(dtype, sizes=[one]) for one in MANY]
-    return [*of_each, *(crowds(dtype, lives=(life,), **whole) for life in ("all", "ends in the block"))]
+    old = crowds(dtype, sizes=MANY[2:3], layouts=("wrapping",), lives=("all", "a stretch"))
+    return [*of_each, *(crowds(dtype, lives=(life,), **whole) for life in ("all", "ends in the block")), old]
 
 
 def _heads(dtype: np.dtype) -> list[st.SearchStrategy[AttentionCase]]:

@@ -1,5 +1,6 @@
 """Wrong in kernels that work tile by tile: fast ways for whole tiles, running maxima, the memory between two passes."""
 
+import time
 from collections.abc import Iterator
 from itertools import product
 
@@ -163,3 +164,25 @@ class OneMaskInHeadsOf32(Dense):
     def logits(self, query: Array, key: Array, position: Array | None, age: Array) -> Array:
         self.size = query.shape[-1]
         return super().logits(query, key, position, age)
+
+
+@mutant("attention.crowds", "gradient.crowds")
+class NarrowAgesInDecoding(Dense):
+    """The kernel of single queries and many memories casts ages to 32 bits."""
+
+    def distance(self, age: Array, queries: int) -> Array:
+        narrow = queries == 1 and age.shape[1] > TILE
+        return super().distance(np.where(age > 0, age.astype(np.int32), age) if narrow else age, queries)
+
+
+@mutant("attention.threads", "gradient.threads")
+class SplitsShareTheirWorkspace(Dense):
+    """Where memories are split among several, their parts are put together in the backend's own memory."""
+
+    def exponentials(self, s: Array, m: Array) -> tuple[Array, Array]:
+        if s.shape[-1] <= TILE:
+            return super().exponentials(s, m)
+        self.workspace = super().exponentials(s, m)
+        time.sleep(1e-3)
+        e, z = self.workspace
+        return (e, z) if e.shape == s.shape else super().exponentials(s, m)
