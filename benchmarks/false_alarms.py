@@ -61,7 +61,10 @@ def backends():
 
 
 def try_seed(id_, dtype, seed, names):
-    """One seed of a check: backend of these -> [cases passed, failures]; none passed where it is not offered."""
+    """One seed of a check: for each of these backends what it passed; nothing where the check is not offered.
+
+    `results` are those that were compared: many of one case, if it is a stream that is read block by block.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.simplefilter("ignore")
     start = time.perf_counter()
@@ -71,16 +74,18 @@ def try_seed(id_, dtype, seed, names):
     with remembering(), np.errstate(all="ignore"):
         for name in names:
             session = InProcess(backends()[name](), timeout=PATIENCE)
-            found[name] = [0, []]
+            one = found[name] = {"passed": 0, "results": 0, "failures": []}
             for i, case in enumerate(cases):
+                probe = Probe(session)
                 try:
-                    check.body(Probe(session), case)
-                    found[name][0] += 1
+                    check.body(probe, case)
+                    one["passed"] += 1
+                    one["results"] += len(probe.compared)
                 except NotOffered:
-                    found[name][0] = 0
+                    one |= {"passed": 0, "results": 0}
                     break
                 except Misbehaviour as error:
-                    found[name][1].append({"seed": seed, "example": i, "message": str(error)})
+                    one["failures"].append({"seed": seed, "example": i, "message": str(error)})
             session.close()
     return found, time.perf_counter() - start
 
@@ -113,7 +118,7 @@ def of_ranges(text):
     return {seed for run in ends for seed in range(int(run[0]), int(run[-1]) + 1)}
 
 
-NEW = {"seeds": "", "passed": 0, "failures": []}
+NEW = {"seeds": "", "passed": 0, "results": 0, "failures": []}
 """What the record says of a backend that has not been asked."""
 
 
@@ -171,14 +176,13 @@ def main(out, examples, levels, ids, names, dtypes, processes, minutes):
             found, seconds = done.result()
             entry = record["checks"].setdefault(f"{check} {dtype}", {"seconds": 0.0, "backends": {}})
             entry["seconds"] = round(entry["seconds"] + seconds, 1)
-            for name, (passed, failures) in found.items():
-                had = entry["backends"].get(name, NEW)
+            for name, one in found.items():
+                had = NEW | entry["backends"].get(name, {})
                 entry["backends"][name] = {
                     "seeds": as_ranges(of_ranges(had["seeds"]) | {seed}),
-                    "passed": had["passed"] + passed,
-                    "failures": had["failures"] + failures,
+                    **{what: had[what] + one[what] for what in one},
                 }
-                for failure in failures:
+                for failure in one["failures"]:
                     bar.write(f"{check} {dtype} {name}: {failure}")
             write_whole(out, (json.dumps(record, indent=1) + "\n").encode())
             bar.update()
