@@ -163,8 +163,8 @@ def cases(
             tokens = rng.integers(0, one.config.vocab_size, (one.batch, long_block))
             program += [Reset(name, int(rng.integers(one.batch))), Step(name, tokens)]
     if projected:
-        often = int(rng.integers(1, 4))
-        program = [one for i, o in enumerate(program) for one in ((o, Projected(o.stream)) if i % often == 0 else (o,))]
+        ask = [isinstance(o, Step) and bool(rng.integers(2)) for o in program]
+        program = [one for o, now in zip(program, ask, strict=True) for one in (o, *[Projected(o.stream)] * now)]
         program += [Projected(name) for name in opened] * 2
     return ModelCase(tuple(program), tuple(notes))
 
