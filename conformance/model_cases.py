@@ -86,7 +86,7 @@ def cases(
         resets: whether rows are emptied in between.
         restores: whether states are kept, two of a stream, and returned to; see `_back_to_older_states`.
         reopens: whether a stream may give way to a new one, of another model, under its name.
-        sizes: whether what is held is asked after each step, reset and restore.
+        sizes: whether what is held is asked after all that changes it, twice.
         projected: whether the number of projections is asked, after some steps and in the end.
         alike: whether models differ in their parameters alone; in the end `_opened_again`.
         least_tokens: that each stream reads.
@@ -156,17 +156,29 @@ def cases(
             program += [Restore(name, state), _some_tokens(rng, name, opened[name])]
     if alike:
         program += _opened_again(rng, next(iter(opened.values())), dtype)
-    if sizes:
-        program = [one for o in program for one in ((o, *[Size(o.stream)] * 2) if isinstance(o, CHANGES) else (o,))]
     if long_block and resets:  # where the places of one row are empty
         for name, one in opened.items():
             tokens = rng.integers(0, one.config.vocab_size, (one.batch, long_block))
             program += [Reset(name, int(rng.integers(one.batch))), Step(name, tokens)]
+    if sizes:
+        program = _asking_twice_for_sizes(program)
     if projected:
-        ask = [isinstance(o, Step) and bool(rng.integers(2)) for o in program]
-        program = [one for o, now in zip(program, ask, strict=True) for one in (o, *[Projected(o.stream)] * now)]
-        program += [Projected(name) for name in opened] * 2
+        program = _asking_for_projections(rng, program, opened)
     return ModelCase(tuple(program), tuple(notes))
+
+
+def _asking_twice_for_sizes(program: Sequence[Operation]) -> list[Operation]:
+    """After all that changes them."""
+    return [one for o in program for one in ((o, *[Size(o.stream)] * 2) if isinstance(o, CHANGES) else (o,))]
+
+
+def _asking_for_projections(
+    rng: np.random.Generator, program: Sequence[Operation], opened: Mapping[str, Open]
+) -> list[Operation]:
+    """After about half of the steps, and twice in the end; not before the first, which may project what was given."""
+    ask = [isinstance(o, Step) and bool(rng.integers(2)) for o in program]
+    asking = [one for o, now in zip(program, ask, strict=True) for one in (o, *[Projected(o.stream)] * now)]
+    return asking + [Projected(name) for name in opened] * 2
 
 
 def _states_of(name: str) -> tuple[str, str]:
