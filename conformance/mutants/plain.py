@@ -77,12 +77,15 @@ class Plain:
         v = (um @ p("attention.value.weight").T).reshape(-1, heads, size)
         m = self.mask(self.span(config, p, um), age, config.ramp)
         s = (np.einsum("hd,nhd->hn", q, k) + self.position_scores(q, table, age)) / u.dtype.type(np.sqrt(size))
-        live = m > 0
-        if not live.any():
-            return np.zeros(heads * size, u.dtype)
-        w = m[live] * np.exp(s[:, live] - s[:, live].max(axis=1, keepdims=True))
-        w = w / w.sum(axis=1, keepdims=True)
-        return np.einsum("hn,nhd->hd", w, v[live]).reshape(-1)
+        return np.einsum("hn,nhd->hd", self.weights(s, m), v).reshape(-1)
+
+    def weights(self, s: Array, m: Array) -> Array:
+        """Logits [H, N] and masks [N] -> weights [H, N], all 0 if nothing lives."""
+        if not (m > 0).any():
+            return np.zeros_like(s)
+        s = np.where(m > 0, s, -np.inf)
+        w = m * np.exp(s - s.max(axis=1, keepdims=True))
+        return w / w.sum(axis=1, keepdims=True)
 
     def layer(self, config: ModelConfig, p: Layer, table: Array, x: Array, hidden: Array, age: Array) -> Array:
         attended = self.attend(config, p, table, self.normalise(config, p, x, False), hidden, age)

@@ -198,18 +198,9 @@ class ModelsAreKnownByTheirOutput(Plain):
 class ModelWithoutPeak(Plain):
     """Logits of attention are exponentiated as they are."""
 
-    def attend(self, config: ModelConfig, p: Layer, table: Array, u: Array, hidden: Array, age: Array) -> Array:
-        heads, size = config.heads, config.head_size
-        um = self.normalise(config, p, hidden, True)
-        q = (p("attention.query.weight") @ u).reshape(heads, size)
-        k = (um @ p("attention.key.weight").T).reshape(-1, heads, size)
-        v = (um @ p("attention.value.weight").T).reshape(-1, heads, size)
-        m = self.mask(self.span(config, p, um), age, config.ramp)
-        if not np.any(m > 0):
-            return np.zeros(heads * size, u.dtype)
-        s = (np.einsum("hd,nhd->hn", q, k) + self.position_scores(q, table, age)) / u.dtype.type(np.sqrt(size))
+    def weights(self, s: Array, m: Array) -> Array:
         w = m * np.exp(s)
-        return np.einsum("hn,nhd->hd", w / w.sum(axis=1, keepdims=True), v).reshape(-1)
+        return w / w.sum(axis=1, keepdims=True) if np.any(m > 0) else np.zeros_like(s)
 
 
 @mutant("memory.bound")
