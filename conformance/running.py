@@ -201,7 +201,8 @@ class _Runner:
     def _parameters(self, operation: Learn) -> dict[str, Array]:
         """Parameters to learn with; every other block they are in the arrays of the one before, as an optimiser's."""
         before = self._learnt.pop(operation.stream, None)
-        if before is None or any(before[n].shape != x.shape for n, x in operation.params.items()):
+        kinds = [{n: (x.shape, x.dtype) for n, x in (params or {}).items()} for params in (before, operation.params)]
+        if before is None or kinds[0] != kinds[1]:
             params = {n: self._hand_over(f"parameter {n}", x) for n, x in operation.params.items()}
             self._learnt[operation.stream] = params
             return params

@@ -204,7 +204,9 @@ def projected_once(probe: Probe, case: ModelCase) -> None:
             read = sum(o.tokens.size for o in so_far if isinstance(o, Step))
             right = given + read * opened.config.layers
             if answers[i] != right:
-                raise Misbehaviour(f"{operation} says {answers[i]}, expected {right}: one per memory and layer")
+                raise Misbehaviour(
+                    f"{operation} says {answers[i]}, expected {right}: one per memory and layer", place=i
+                )
 
 
 @check("memory.block_split", clauses=["AGE", "MASK"], needs=NEEDS, cost=COST, cases=some())

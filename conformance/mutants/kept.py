@@ -22,7 +22,7 @@ class WeightsOfTheFirstBlock(NumpyBackend):
         if memory is not None:
             memory, params = memory
         losses, grads, after = super().loss_and_gradients(config, params, tokens, targets, memory, **options)
-        return losses, grads, (after, params)
+        return losses, grads, (after, {name: x.copy() for name, x in params.items()})
 
 
 class _Compiles:

@@ -101,8 +101,8 @@ class UnlikelyTokensAreCapped(Patched):
 
 
 @mutant("training.large_logits")
-class LogitsAreClippedForTheLoss(Patched):
-    """Logits are clipped to 80 where p - 1[target] is made."""
+class LogProbabilitiesAreClipped(Patched):
+    """Log-probabilities are at least -10 where p - 1[target] is made."""
 
     module, target = model, "cross_entropy_backward"
 
@@ -112,7 +112,7 @@ class LogitsAreClippedForTheLoss(Patched):
 
 @mutant("training.large")
 class LearnsFrom64Memories(Patched):
-    """Memories beyond the newest 64 are dropped between blocks."""
+    """Memories older than 64 steps are dropped between blocks."""
 
     module, target = memory, "expired"
 

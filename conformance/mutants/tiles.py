@@ -177,7 +177,7 @@ class NarrowAgesInDecoding(Dense):
 
 @mutant("attention.threads", "gradient.threads")
 class SplitsShareTheirWorkspace(Dense):
-    """Where memories are split among several, their parts are put together in the backend's own memory."""
+    """Where memories are split among several workers, their parts are put together in the backend's own memory."""
 
     def exponentials(self, s: Array, m: Array) -> tuple[Array, Array]:
         if s.shape[-1] <= TILE:
