@@ -116,6 +116,8 @@ def cases(
         return one
 
     opened = {name: open_one(name) for name in "abc"[:streams]}
+    if projected:  # by then initial memories are, in all rows, and in all states
+        program += [_some_tokens(rng, name, one) for name, one in opened.items()]
     begun = {name: f"state_{name}0" for name in opened} if restores else {}
     """States of streams that have not read anything yet."""
     program += [Save(*one) for one in begun.items()]
