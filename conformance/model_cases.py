@@ -83,8 +83,9 @@ def cases(
         rows: what batch sizes are drawn from.
         memory: whether streams start with memories given; None means sometimes.
         far: whether these are as old as `_far_ages` says.
-        resets: whether rows are emptied in between.
-        restores: whether states are kept, two of a stream, and returned to; see `_back_to_older_states`.
+        resets: whether rows are emptied in between; in the end see `_reset_in_turn`.
+        restores: whether states are kept, one before anything is read and two later, and returned to; in the end see
+            `_back_to_older_states`.
         reopens: whether a stream may give way to a new one, of another model, under its name.
         sizes: whether what is held is asked after all that changes it, twice.
         projected: whether the number of projections is asked, after some steps and in the end.
@@ -229,7 +230,7 @@ def _opened_again(rng: np.random.Generator, one: Open, dtype: np.dtype) -> list[
 def _given_memory(
     rng: np.random.Generator, config: ModelConfig, batch: int, dtype: np.dtype, *, far: bool = False
 ) -> list[tuple[Array, Array]]:
-    """Hidden states at distinct ages, shuffled, with gaps, as many in each layer as another one has not."""
+    """Hidden states at distinct ages, shuffled, with gaps: in each layer none, a few, or 20 and more."""
     given = []
     for i in range(config.layers):
         slots = 8 + i if far else (0, 4 + i, 4 + i, 20 + i)[int(rng.integers(4))]

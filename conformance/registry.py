@@ -99,6 +99,8 @@ class Probe:
         """Found out by `Check.ask`."""
         self.backend_seconds = 0.0
         """Spent waiting for the backend."""
+        self.results = 0
+        """Compared so far."""
         self.asked: tuple[Any, ...] = ()
         """What was asked last."""
         self.compared: dict[str, Expected] = {}
@@ -160,6 +162,7 @@ class Probe:
         Raises:
             Misbehaviour: where it is furthest off, what it is and what it should be.
         """
+        self.results += 1
         self.compared[what] = expected
         if got.size == 0:
             return

@@ -88,8 +88,8 @@ def blocks(
     def block(name: str, length: int, *, again: bool = False) -> Learn:
         config = config_of[name]
         tokens, targets = rng.integers(0, config.vocab_size, (2, batch_of[name], length))
-        shortest = draw(st.sampled_from((0.0, 0.2)))  # a limit of 0 is one
-        limit = float(rng.uniform(0, config.max_span)) * (shortest > 0) if draw(limits) else None
+        longer = draw(st.sampled_from((False, True)))  # than 0, which is a limit too
+        limit = float(rng.uniform(0, config.max_span)) * longer if draw(limits) else None
         return Learn(name, config, params_of[name], tokens, targets, draw(price), limit, again)
 
     program: list[Learn] = []

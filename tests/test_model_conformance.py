@@ -13,8 +13,8 @@ from refspan.conformance.mutants.plain import Plain
 pytestmark = pytest.mark.usefixtures("remembered_answers")
 
 LEVELS = ("memory", "model")
-MODEL_MUTANTS = [one.name for one in MUTANTS.values() if one.area in ("memory", "streams", "models")]
-TRAINING_MUTANTS = [one.name for one in MUTANTS.values() if one.area == "training"]
+MODEL_MUTANTS = [one.name for one in MUTANTS.values() if one.area in ("memory", "streams", "states", "models")]
+TRAINING_MUTANTS = [one.name for one in MUTANTS.values() if one.area in ("training", "learning")]
 KEEPING_MUTANTS = [one.name for one in MUTANTS.values() if one.area == "kept"]
 
 

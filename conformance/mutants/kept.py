@@ -133,3 +133,58 @@ class _CountsAnew(PlainStream):
 @mutant("memory.projected_once", stream=_CountsAnew)
 class RestoresTheCount(Plain):
     """A restore brings back how many memories had been projected, too."""
+
+
+class _Recognises:
+    """Keeps the parameters of each model, and finds them again by what `key` says of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: dict[Any, Any] = {}
+
+    def key(self, params: Parameters) -> Any:
+        return params["output.weight"].tobytes()
+
+    def found(self, config: ModelConfig, params: Parameters) -> Parameters:
+        key = config, self.key(params)
+        if key not in self.known:
+            self.known[key] = {name: x.copy() for name, x in params.items()}, params  # which so keep their identity
+        found: Parameters = self.known[key][0]
+        return found
+
+
+@mutant("memory.models_alike")
+class ModelsAreKnownByTheirOutput(_Recognises, Plain):
+    """What was compiled for a model is used for all with the same output weights, as if no others were ever tuned."""
+
+    def open_model(self, config: ModelConfig, params: Parameters, *, batch: int, memory: Initial = None) -> PlainStream:
+        return super().open_model(config, self.found(config, params), batch=batch, memory=memory)
+
+
+@mutant("training.moved")
+class ParametersAreKnownByTheirOutput(_Recognises, NumpyBackend):
+    """What was compiled for parameters is used for all with the same output weights."""
+
+    def loss_and_gradients(self, config: ModelConfig, params: Any, *arguments: Any, **options: Any) -> Any:
+        return super().loss_and_gradients(config, self.found(config, params), *arguments, **options)
+
+
+@mutant("training.moved")
+class ParametersAreKnownByIdentity(ParametersAreKnownByTheirOutput):
+    """Arrays that were there before are taken to hold what they held, which an optimiser may have written over."""
+
+    def key(self, params: Parameters) -> Any:
+        return tuple(id(x) for x in params.values())
+
+
+class _Prefix(PlainStream):
+    def step(self, tokens: Array) -> Array:
+        content = tuple(x.tobytes() for x in self.params.values())
+        self.read_so_far = (*getattr(self, "read_so_far", ()), tokens.tobytes())
+        log_probs = super().step(tokens)
+        return np.array(self.rules.shared.setdefault((self.config, content, self.read_so_far), log_probs))
+
+
+@mutant("memory.models_alike", stream=_Prefix)
+class PrefixesAreKnown(Plain):
+    """What a model has said after the same tokens is said again, whatever memories the stream was opened with."""

@@ -23,39 +23,6 @@ class PriceOfTheFirstBlock(NumpyBackend):
         return losses, grads, (after, price)
 
 
-class _Compiles(NumpyBackend):
-    """Keeps parameters by what `key` says of them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.kept: dict[Any, Any] = {}
-
-    def key(self, params: Any) -> Any:
-        raise NotImplementedError
-
-    def loss_and_gradients(self, config: ModelConfig, params: Any, *arguments: Any, **options: Any) -> Any:
-        key = config, self.key(params)
-        if key not in self.kept:
-            self.kept[key] = {name: x.copy() for name, x in params.items()}, params  # which so keep their identity
-        return super().loss_and_gradients(config, self.kept[key][0], *arguments, **options)
-
-
-@mutant("training.moved")
-class ParametersAreKnownByIdentity(_Compiles):
-    """Arrays that were there before are taken to hold what they held, which an optimiser may have written over."""
-
-    def key(self, params: Any) -> Any:
-        return tuple(id(x) for x in params.values())
-
-
-@mutant("training.moved")
-class ParametersAreKnownByTheirOutput(_Compiles):
-    """What was compiled for parameters is used for all with the same output weights."""
-
-    def key(self, params: Any) -> Any:
-        return params["output.weight"].tobytes()
-
-
 @mutant("training.two_streams")
 class OneMemoryToLearnFrom(NumpyBackend):
     """The trainer goes on from what it learnt last, whatever stream that was of."""
@@ -65,12 +32,15 @@ class OneMemoryToLearnFrom(NumpyBackend):
     def loss_and_gradients(
         self, config: ModelConfig, params: Any, tokens: Array, targets: Array, memory: Any, **options: Any
     ) -> Any:
-        mine = memory is not None and self.last is not None and self.last[0].age.shape[0] == tokens.shape[0]
-        alike = mine and self.last[0].kept["hidden"].shape[2] == config.hidden_size and len(self.last) == len(memory)
-        losses, grads, self.last = super().loss_and_gradients(
-            config, params, tokens, targets, self.last if alike else memory, **options
-        )
+        if memory is not None and self._shapes(self.last) == self._shapes(memory):
+            memory = self.last
+        losses, grads, self.last = super().loss_and_gradients(config, params, tokens, targets, memory, **options)
         return losses, grads, self.last
+
+    def _shapes(self, memory: Any) -> list[Any]:
+        """Of rows and hidden states, layer by layer, however many memories there are."""
+        hidden = [layer.contents["hidden"] for layer in memory or ()]
+        return [(x.shape[0], x.shape[2]) for x in hidden]
 
 
 @mutant("training.again")

@@ -240,3 +240,31 @@ class StreamAgesStopAt1024(Plain):
 
     def advance(self, age: Array) -> Array:
         return np.minimum(age + 1, 1024)
+
+
+@mutant("memory.bound")
+class DropsByWholeRamps(Plain):
+    """R is rounded up where it is asked what to drop."""
+
+    def gone(self, config: ModelConfig, span: Array, age: Array) -> Array:
+        return age - span >= np.ceil(config.ramp)
+
+
+class _FirstSixteen(PlainStream):
+    def given(self, hidden: Array, age: Array, i: int) -> Memory:
+        return super().given(hidden[:16], age[:16], i)
+
+
+@mutant("memory.initial", stream=_FirstSixteen)
+class SixteenInitialMemories(Plain):
+    """A stream starts with sixteen memories a layer at most."""
+
+
+class _AllGiven(PlainStream):
+    def given(self, hidden: Array, age: Array, i: int) -> Memory:
+        return hidden.astype(self.params["embedding.weight"].dtype), age.copy()
+
+
+@mutant("memory.bound", stream=_AllGiven)
+class InitialMemoriesWaitForTheFirstStep(Plain):
+    """Memories that have expired when a stream is opened with them are dropped by its first step."""

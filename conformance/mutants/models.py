@@ -202,3 +202,45 @@ class LogSoftmaxWithoutPeak(Plain):
         logits = params["output.weight"] @ x + params["output.bias"]
         with np.errstate(over="ignore"):
             return logits - np.log(np.exp(logits).sum())
+
+
+@mutant("memory.stream", "memory.slot_order")
+class ModelWithoutPeak(Plain):
+    """Logits of attention are exponentiated as they are."""
+
+    def weights(self, s: Array, m: Array) -> Array:
+        with np.errstate(over="ignore", invalid="ignore"):
+            w = m * np.exp(s)
+            return w / w.sum(axis=1, keepdims=True) if np.any(m > 0) else np.zeros_like(s)
+
+
+@mutant("memory.stream")
+class WholeMaxSpan(Plain):
+    """L is a whole number of steps."""
+
+    def span(self, config: ModelConfig, p: Layer, u: Array) -> Array:
+        return super().span(config, p, u) * u.dtype.type(int(config.max_span) / config.max_span)
+
+
+@mutant("memory.restore", "memory.state_machine")
+class RampsOfHundred(Plain):
+    """R is at most 100."""
+
+    def mask(self, span: Array, age: Array, ramp: float) -> Array:
+        return super().mask(span, age, min(ramp, 100.0))
+
+
+@mutant("model.post_norm", "model.pre_norm")
+class SixAtMost(Plain):
+    """min(max(x, 0), 6) in place of ReLU."""
+
+    def activate(self, x: Array) -> Array:
+        return np.clip(x, 0, 6)
+
+
+@mutant("model.many_tokens")
+class TokensIn16Bits(Plain):
+    """Token ids are cast to 16 bits."""
+
+    def embed(self, config: ModelConfig, params: Parameters, token: int) -> Array:
+        return super().embed(config, params, token & 0xFFFF)

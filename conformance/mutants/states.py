@@ -2,10 +2,7 @@
 
 from typing import Any
 
-import numpy as np
-
-from refspan.config import ModelConfig
-from refspan.conformance.mutants.plain import Array, Initial, Layer, Memory, Parameters, Plain, PlainStream
+from refspan.conformance.mutants.plain import Array, Plain, PlainStream
 from refspan.conformance.mutants.registry import mutant
 
 
@@ -117,26 +114,6 @@ class ResetsFourRows(Plain):
     """The number of the row that is reset has two bits."""
 
 
-class _FirstSixteen(PlainStream):
-    def given(self, hidden: Array, age: Array, i: int) -> Memory:
-        return super().given(hidden[:16], age[:16], i)
-
-
-@mutant("memory.initial", stream=_FirstSixteen)
-class SixteenInitialMemories(Plain):
-    """A stream starts with sixteen memories a layer at most."""
-
-
-class _AllGiven(PlainStream):
-    def given(self, hidden: Array, age: Array, i: int) -> Memory:
-        return hidden.astype(self.params["embedding.weight"].dtype), age.copy()
-
-
-@mutant("memory.bound", stream=_AllGiven)
-class InitialMemoriesWaitForTheFirstStep(Plain):
-    """Memories that have expired when a stream is opened with them are dropped by its first step."""
-
-
 class _Trims(PlainStream):
     def memory_size(self) -> list[int]:
         self.rows = [[(hidden[-12:], age[-12:]) for hidden, age in row] for row in self.rows]
@@ -168,76 +145,3 @@ class _CountsSince(PlainStream):
 @mutant("memory.projected_once", stream=_CountsSince)
 class CountsSinceItWasAsked(Plain):
     """The count starts again each time that it is asked for."""
-
-
-class _Prefix(PlainStream):
-    def step(self, tokens: Array) -> Array:
-        content = tuple(x.tobytes() for x in self.params.values())
-        self.read_so_far = (*getattr(self, "read_so_far", ()), tokens.tobytes())
-        log_probs = super().step(tokens)
-        return np.array(self.rules.shared.setdefault((self.config, content, self.read_so_far), log_probs))
-
-
-@mutant("memory.models_alike", stream=_Prefix)
-class PrefixesAreKnown(Plain):
-    """What a model has said after the same tokens is said again, whatever memories the stream was opened with."""
-
-
-class _KnownByOne(PlainStream):
-    def __init__(self, rules: "Plain", config: ModelConfig, params: Parameters, batch: int, memory: Initial) -> None:
-        key = config, params["output.weight"].tobytes()
-        super().__init__(rules, config, rules.shared.setdefault(key, dict(params)), batch, memory)
-
-
-@mutant("memory.models_alike", stream=_KnownByOne)
-class ModelsAreKnownByTheirOutput(Plain):
-    """What was compiled for a model is used for all with the same output weights, as if all were frozen."""
-
-
-@mutant("memory.stream", "memory.slot_order")
-class ModelWithoutPeak(Plain):
-    """Logits of attention are exponentiated as they are."""
-
-    def weights(self, s: Array, m: Array) -> Array:
-        w = m * np.exp(s)
-        return w / w.sum(axis=1, keepdims=True) if np.any(m > 0) else np.zeros_like(s)
-
-
-@mutant("memory.bound")
-class DropsByWholeRamps(Plain):
-    """R is rounded up where it is asked what to drop."""
-
-    def gone(self, config: ModelConfig, span: Array, age: Array) -> Array:
-        return age - span >= np.ceil(config.ramp)
-
-
-@mutant("memory.stream")
-class WholeMaxSpan(Plain):
-    """L is a whole number of steps."""
-
-    def span(self, config: ModelConfig, p: Layer, u: Array) -> Array:
-        return super().span(config, p, u) * u.dtype.type(int(config.max_span) / config.max_span)
-
-
-@mutant("memory.restore", "memory.state_machine")
-class RampsOfHundred(Plain):
-    """R is at most 100."""
-
-    def mask(self, span: Array, age: Array, ramp: float) -> Array:
-        return super().mask(span, age, min(ramp, 100.0))
-
-
-@mutant("model.post_norm", "model.pre_norm")
-class SixAtMost(Plain):
-    """min(max(x, 0), 6) in place of ReLU."""
-
-    def activate(self, x: Array) -> Array:
-        return np.clip(x, 0, 6)
-
-
-@mutant("model.many_tokens")
-class TokensIn16Bits(Plain):
-    """Token ids are cast to 16 bits."""
-
-    def embed(self, config: ModelConfig, params: Parameters, token: int) -> Array:
-        return super().embed(config, params, token & 0xFFFF)
